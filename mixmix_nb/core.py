@@ -69,6 +69,7 @@ def generator(*key, # the name of these random numbers, e.g. (seed, 'noise', ste
 # %% ../nbs/00_core.ipynb #8997fe2c
 BLOCK = 16  # samples that share one generator
 Draws = namedtuple('Draws', 'u noise drop flip')
+Draws.__doc__ = 'The random numbers of a batch: `u` for the time, `noise`, `drop` for the label, `flip`.'
 
 def draw_block(seed, # the run's seed
                step, # optimizer step

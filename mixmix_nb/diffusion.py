@@ -161,8 +161,10 @@ def mean_flat(x): # (B,)
     "Mean over all but the first dimension."
     return x.flatten(1).mean(1)
 
-def normal_kl(mean1, log_var1, # of the first, tensors that broadcast
-              mean2, log_var2, # of the second
+def normal_kl(mean1, # mean of the first; all four broadcast
+              log_var1, # log variance of the first
+              mean2, # mean of the second
+              log_var2, # log variance of the second
              ): # nats, elementwise
     "KL divergence of two normal distributions."
     d = log_var1-log_var2
