@@ -1,0 +1,25 @@
+"What all tests share: an environment for child processes, and data that is skipped with a reason where it is missing."
+import os, subprocess, sys
+from pathlib import Path
+import pytest
+
+ROOT = Path(__file__).parent.parent
+THREADS = str(max(1, (os.cpu_count() or 2)//2))     # two tests run at a time (setup.cfg)
+
+def child_env(**extra): # a dict
+    "The environment of a child process: so many threads, no display, no network for hubs."
+    return os.environ | dict(OMP_NUM_THREADS=THREADS, MPLBACKEND='Agg', HF_HUB_OFFLINE='1', PYTHONUNBUFFERED='1') | extra
+
+def python(*args, # arguments of the interpreter
+           cwd=None, # where to run
+           timeout=300, # seconds
+           **env): # a CompletedProcess with text
+    "Run this Python in a process of its own."
+    return subprocess.run([sys.executable, *map(str, args)], cwd=cwd, timeout=timeout, env=child_env(**env), capture_output=True, text=True)
+
+@pytest.fixture
+def data_dir(): # a `Path`
+    "The folder with data for tests (see CONTRIBUTING.md)."
+    d = os.environ.get('MIXMIX_DATA')
+    if not d or not Path(d).is_dir(): pytest.skip('MIXMIX_DATA is not set to a folder with data for tests')
+    return Path(d).resolve()

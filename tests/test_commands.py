@@ -1,0 +1,60 @@
+"Commands as a person types them: bad input gets one line and status 2, Ctrl-C loses nothing, a sample depends on its seed alone."
+import os, signal, subprocess, sys, time
+import numpy as np, pytest, torch
+from PIL import Image
+from conftest import python, child_env
+
+def one_line(r, status=2):
+    lines = r.stderr.strip().splitlines()
+    assert r.returncode==status and len(lines)==1 and lines[0].startswith('mixmix_nb: '), (r.returncode, r.stderr)
+    return lines[0]
+
+@pytest.mark.parametrize('args,words', [
+    ('--data-path nowhere', 'nowhere'), ('--data-path empty', 'expected <data-path>/<class>'), ('--model DiT-Q/3', 'DiT-XL/2'), ('--lr -1', '--lr'),
+    ('--batch-size 0', '--batch-size'), ('--steps many', '--steps'), ('--epoch 3', '--epochs'), ('--num-classes 3', '10 classes'),
+    ('--image-size 7', 'divisible'), ('--resume nothing.pt', 'nothing.pt'), ('--data-path photos', 'VAE'), ('--data-path photos --image-size 16 --num-classes 5', 'class'),
+    ('--resume evil.pt', 'refused'), ('--resume torn.pt', 'torn'), ('--device cuda:77', 'device'),
+])
+def test_bad_input(args, words, tmp_path):
+    (tmp_path/'empty').mkdir(); (tmp_path/'photos').mkdir()
+    Image.fromarray(np.zeros((20,20,3), np.uint8)).save(tmp_path/'photos'/'a.png')
+    torch.save(dict(x=Evil()), tmp_path/'evil.pt'); torch.save(dict(x=torch.zeros(1000)), tmp_path/'whole.pt')
+    (tmp_path/'torn.pt').write_bytes((tmp_path/'whole.pt').read_bytes()[:900])
+    before = sorted(os.listdir(tmp_path))
+    assert words in one_line(python('-m', 'mixmix_nb.train', *args.split(), cwd=tmp_path))
+    assert sorted(os.listdir(tmp_path))==before, 'nothing may be written'
+
+class Evil:
+    def __reduce__(self): return os.mkdir, ('pwned',)
+
+def start(cwd, *args):
+    p = subprocess.Popen([sys.executable, '-m', 'mixmix_nb.train', *args], cwd=cwd, env=child_env(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in p.stdout:
+        if ' loss ' in line: return p
+    raise AssertionError(p.stderr.read())
+
+@pytest.mark.parametrize('sig', [signal.SIGINT, signal.SIGTERM], ids=['ctrl-c', 'sigterm'])
+def test_stopped_by_a_signal_and_resumed(sig, tmp_path):
+    args = '--model DiT-N/8 --batch-size 20 --log-every 5 --num-sample-images 0 --steps 100000'.split()
+    p = start(tmp_path, *args)
+    p.send_signal(sig)
+    out, err = p.communicate(timeout=60)
+    assert '--resume auto' in out and not err, (out, err)
+    ckpt, = (tmp_path/'results'/'000-DiT-N-8'/'checkpoints').glob('*.pt')
+    n = int(ckpt.stem)
+    r = python('-m', 'mixmix_nb.train', '--resume', 'auto', '--steps', n+10, cwd=tmp_path)
+    assert r.returncode==0 and f'from step {n}' in r.stdout, r.stdout+r.stderr
+
+def test_sample_depends_on_the_seed_alone(tmp_path):
+    assert python('-m', 'mixmix_nb.train', '--steps', '30', '--num-sample-images', '0', cwd=tmp_path).returncode==0
+    def draw(name, *more):
+        r = python('-m', 'mixmix_nb.sample', '--ckpt', 'results/000-DiT-N-2/checkpoints/final.pt', '--num-images', '12', '--num-sampling-steps', '10',
+                   '--sampler', 'ddpm', '--out', name, *more, cwd=tmp_path)
+        assert r.returncode==0, r.stderr
+        return np.asarray(Image.open(tmp_path/name)).astype(int)
+    a, b, c = draw('a.png', '--batch-size', '12'), draw('b.png', '--batch-size', '5'), draw('c.png', '--seed', '1')
+    assert abs(a-b).max()<=1 and abs(a-c).max()>50
+    r = python('-m', 'mixmix_nb.sample', '--ckpt', 'results/000-DiT-N-2/checkpoints/final.pt', '--num-images', '3', '--num-sampling-steps', '2', '--each', '--out', 'each', cwd=tmp_path)
+    assert r.returncode==0 and len(list((tmp_path/'each').glob('*.png')))==3
+    for args in (['--ckpt', 'none.pt'], [], ['--ckpt', 'results/000-DiT-N-2/checkpoints/final.pt', '--classes', 'cat']):
+        one_line(python('-m', 'mixmix_nb.sample', *args, cwd=tmp_path))

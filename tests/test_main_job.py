@@ -1,0 +1,21 @@
+"The README's main job: one command, and minutes later digits that are digits."
+import re
+from PIL import Image
+import pytest
+from conftest import python
+
+@pytest.mark.timeout(900)
+def test_first_command_draws_digits(tmp_path, capsys):
+    r = python('-m', 'mixmix_nb.train', cwd=tmp_path, timeout=800)
+    assert r.returncode==0, r.stderr
+    run, = (tmp_path/'results').iterdir()
+    for f in ('log.txt', 'metrics.csv', 'curves.png', 'config.json', 'checkpoints/final.pt', 'samples/final.png'): assert (run/f).stat().st_size>0, f
+    assert '\r' not in r.stdout, 'a progress bar in a file'
+    Image.open(run/'samples'/'final.png').load()
+    from judge import train_reader, judge_run
+    reader = train_reader()
+    assert reader[1]>=.985
+    score = judge_run(run/'checkpoints'/'final.pt', reader=reader)
+    with capsys.disabled(): print('\nthe main job:', {k: round(v, 3) for k,v in score.items()})
+    assert score['agreement']>=.9
+    assert score['frechet']<=score['noise']/10
