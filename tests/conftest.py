@@ -23,3 +23,13 @@ def data_dir(): # a `Path`
     d = os.environ.get('MIXMIX_DATA')
     if not d or not Path(d).is_dir(): pytest.skip('MIXMIX_DATA is not set to a folder with data for tests')
     return Path(d).resolve()
+
+@pytest.fixture
+def say(request):
+    "Tell something that stands in the summary at the end of the tests."
+    return lambda text: request.node.user_properties.append(('say', text))
+
+def pytest_terminal_summary(terminalreporter):
+    said = [t for reports in terminalreporter.stats.values() for r in reports if getattr(r, 'when', '')=='call' for k,t in r.user_properties if k=='say']
+    if said: terminalreporter.section('what was seen')
+    for t in said: terminalreporter.write_line(t)

@@ -5,7 +5,7 @@ import pytest
 from conftest import python
 
 @pytest.mark.timeout(900)
-def test_first_command_draws_digits(tmp_path, capsys):
+def test_first_command_draws_digits(tmp_path, say):
     r = python('-m', 'mixmix_nb.train', cwd=tmp_path, timeout=800)
     assert r.returncode==0, r.stderr
     run, = (tmp_path/'results').iterdir()
@@ -16,6 +16,6 @@ def test_first_command_draws_digits(tmp_path, capsys):
     reader = train_reader()
     assert reader[1]>=.985
     score = judge_run(run/'checkpoints'/'final.pt', reader=reader)
-    with capsys.disabled(): print('\nthe main job:', {k: round(v, 3) for k,v in score.items()})
+    say(f'the main job: {({k: round(v, 3) for k,v in score.items()})}')
     assert score['agreement']>=.9
     assert score['frechet']<=score['noise']/10

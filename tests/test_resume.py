@@ -49,9 +49,9 @@ def undisturbed(tmp_path_factory):
     return load(d/'results')
 
 @pytest.mark.parametrize('points', [STEP_KILLS[:6], WRITE_KILLS[:6], STEP_KILLS[6:], WRITE_KILLS[6:]], ids=['steps-1', 'writing-1', 'steps-2', 'writing-2'])
-def test_killed_and_resumed(points, undisturbed, tmp_path, capsys):
+def test_killed_and_resumed(points, undisturbed, tmp_path, say):
     hits = chain(tmp_path, points)
-    with capsys.disabled(): print('\nkilled at', ', '.join(f'{p} (newest checkpoint {c})' for p,c in hits))
+    say('killed at '+', '.join(f'{p} (newest checkpoint {c})' for p,c in hits))
     ckpt, rows = load(tmp_path/'results')
     whole, whole_rows = undisturbed
     for k in ('model', 'ema', 'opt', 'meter', 'train_steps', 'epoch'): same(ckpt[k], whole[k], k)
