@@ -371,6 +371,7 @@ class RunLog(Log):
                 ):
         line = str(line).encode('utf-8', 'backslashreplace').decode()
         try: super().__call__(line, echo)
+        except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())     # nobody reads any more (`| head`): train on
         except OSError as e: print(f'{line}\n{self.path} could not be written: {e.strerror}', flush=True)
 
 # %% ../nbs/09_training.ipynb #4f6ba3f8

@@ -58,3 +58,12 @@ def test_sample_depends_on_the_seed_alone(tmp_path):
     assert r.returncode==0 and len(list((tmp_path/'each').glob('*.png')))==3
     for args in (['--ckpt', 'none.pt'], [], ['--ckpt', 'results/000-DiT-N-2/checkpoints/final.pt', '--classes', 'cat']):
         one_line(python('-m', 'mixmix_nb.sample', *args, cwd=tmp_path))
+
+def test_a_reader_who_leaves_ends_nothing(tmp_path):
+    "`train | head -1`: the run goes on without anybody to print for."
+    args = '--model DiT-N/8 --batch-size 20 --log-every 1 --num-sample-images 0 --steps 40'.split()
+    p = subprocess.Popen([sys.executable, '-m', 'mixmix_nb.train', *args], cwd=tmp_path, env=child_env(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    p.stdout.readline(); p.stdout.close()
+    assert p.wait(timeout=120)==0, p.stderr.read()
+    run = tmp_path/'results'/'000-DiT-N-8'
+    assert (run/'checkpoints'/'final.pt').exists() and 'done' in (run/'log.txt').read_text()
