@@ -21,16 +21,23 @@ RECIPES = {
     'the same with x₀ instead of v': dict(prediction='x0', schedule='cosine', **SMALL, **COSINE_LR),
 }
 
-if __name__=='__main__':
-    reader, rows = train_reader(), []
+def judged(name, # a key of `RECIPES`
+           reader, # from `train_reader`
+          ): # dict, a row of the table
+    "Train one recipe and judge its samples."
+    o = RECIPES[name]
     with tempfile.TemporaryDirectory() as tmp:
-        for name,o in RECIPES.items():
-            start = time.time()
-            run = train(**o, results_dir=tmp, num_sample_images=0, ckpt_every=10**6, log_every=200)
-            seconds = time.time()-start
-            s = judge_run(Path(run)/'checkpoints'/'final.pt', reader=reader)
-            rows.append(dict(recipe=name, prediction=o['prediction'], schedule=o['schedule'], batch=o['batch_size'], steps=o['steps'], seconds=round(seconds),
-                             agreement=round(s['agreement'], 3), frechet=round(s['frechet'], 1)))
-            print(rows[-1], flush=True)
+        start = time.time()
+        run = train(**o, results_dir=tmp, num_sample_images=0, ckpt_every=10**6, log_every=400)
+        seconds = time.time()-start
+        s = judge_run(Path(run)/'checkpoints'/'final.pt', reader=reader)
+    return dict(recipe=name, prediction=o['prediction'], schedule=o['schedule'], batch=o['batch_size'], steps=o['steps'], seconds=round(seconds),
+                agreement=round(s['agreement'], 3), frechet=round(s['frechet'], 1))
+
+def write(rows): # the table
     with open(ROOT/'nbs'/'recipes.csv', 'w', newline='') as f:
-        w = csv.DictWriter(f, rows[0].keys()); w.writeheader(); w.writerows(rows)
+        w = csv.DictWriter(f, rows[0].keys(), lineterminator='\n'); w.writeheader(); w.writerows(rows)
+
+if __name__=='__main__':
+    reader = train_reader()
+    write([judged(name, reader) for name in RECIPES])
