@@ -1,10 +1,10 @@
 """What makes digits digits soonest: train the recipes one after the other, judge each, write nbs/recipes.csv.
 
-    python tests/recipes.py        (about 8 minutes on two CPU cores)
+    python tests/recipes.py        (minutes each on a CPU)
 
 All see the same 76,800 images. `agreement`: share of 500 samples without guidance that a classifier reads as the label asked for; `frechet`: distance in its features.
 """
-import csv, tempfile, time
+import csv, tempfile
 from pathlib import Path
 from judge import judge_run, train_reader
 from mixmix_nb.train import train
@@ -27,11 +27,9 @@ def judged(name, # a key of `RECIPES`
     "Train one recipe and judge its samples."
     o = RECIPES[name]
     with tempfile.TemporaryDirectory() as tmp:
-        start = time.time()
         run = train(**o, results_dir=tmp, num_sample_images=0, ckpt_every=10**6, log_every=400)
-        seconds = time.time()-start
         s = judge_run(Path(run)/'checkpoints'/'final.pt', reader=reader)
-    return dict(recipe=name, prediction=o['prediction'], schedule=o['schedule'], batch=o['batch_size'], steps=o['steps'], seconds=round(seconds),
+    return dict(recipe=name, prediction=o['prediction'], schedule=o['schedule'], batch=o['batch_size'], steps=o['steps'],
                 agreement=round(s['agreement'], 3), frechet=round(s['frechet'], 1))
 
 def write(rows): # the table
