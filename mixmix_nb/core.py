@@ -35,8 +35,10 @@ def get_device(name='auto', # `auto`, `cpu`, `cuda`, `cuda:1`, `mps`
               ): # a torch.device
     "The device to compute on; `auto` takes CUDA, then MPS, then the CPU. Raises `UserError` where `name` is not there."
     import torch
+    local = os.environ.get('LOCAL_RANK')                            # torchrun: which process of this machine
     if name in (None, 'auto'):
         name = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    if name=='cuda' and local: name = f'cuda:{local}'
     try: torch.ones(1, device=name).item()
     except (RuntimeError, AssertionError, ImportError) as e:
         why = (str(e).splitlines() or [type(e).__name__])[0][:80]
@@ -46,10 +48,11 @@ def get_device(name='auto', # `auto`, `cpu`, `cuda`, `cuda:1`, `mps`
 # %% ../nbs/00_core.ipynb #1f84f07e
 def best_dtype(device, # a torch.device
               ): # torch.bfloat16, torch.float16 or torch.float32
-    "The fastest dtype that `device` has in hardware: bf16 from compute capability 8, else fp16 under CUDA, else fp32."
+    "The fastest dtype that `device` has in hardware: bf16 where there is any, else fp16 under CUDA, else fp32."
     import torch
     if device.type=='cuda': return torch.bfloat16 if torch.cuda.get_device_capability(device)[0]>=8 else torch.float16
-    return torch.float32
+    has = getattr(torch.cpu, 'get_capabilities', dict)() if device.type=='cpu' else {}      # newer versions of PyTorch tell
+    return torch.bfloat16 if has.get('avx512_bf16') or has.get('amx_bf16') else torch.float32
 
 # %% ../nbs/00_core.ipynb #6060ff44
 def seed_of(*key, # the name: whole numbers and texts

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'METERS', 'COLUMNS', 'to_float', 'update_ema', 'ema_decay', 'mirror', 'lr_at', 'has_fused', 'make_optimizer',
-           'Trainer', 'flush_folder', 'write_whole', 'why_unreadable', 'check_sums', 'read_checkpoint', 'load_weights',
-           'NoWaiting', 'clip_grads', 'preview_labels', 'RunLog', 'Run', 'run_number', 'claim', 'new_run',
-           'close_in_children', 'csv_lines', 'save_image', 'StopSignal', 'Stopwatch', 'peak_memory', 'check_room']
+           'OneProcess', 'Trainer', 'flush_folder', 'write_whole', 'why_unreadable', 'check_sums', 'read_checkpoint',
+           'load_weights', 'NoWaiting', 'clip_grads', 'preview_labels', 'RunLog', 'Run', 'run_number', 'claim',
+           'new_run', 'close_in_children', 'csv_lines', 'save_image', 'StopSignal', 'Stopwatch', 'peak_memory',
+           'check_room']
 
 # %% ../nbs/09_training.ipynb #f49c4684
 import copy, csv, errno, json, math, os, shutil, signal, sys, time, warnings, weakref, zipfile
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -85,6 +86,26 @@ def make_optimizer(params, # tensors to train
     return torch.optim.AdamW(params, lr, (.9, beta2), weight_decay=weight_decay, fused=fused)
 
 # %% ../nbs/09_training.ipynb #b4b2a5cf
+class OneProcess:
+    "What a process must know of the others of its run, where there are none."
+    rank, world = 0, 1
+    def part(self, last): # a context
+        "Entered for each part of a step; gradients need to be shared in the last one only."
+        return nullcontext()
+    def mean(self, x): # a tensor
+        "The mean of a tensor over all processes, on the device."
+        return x
+    def total(self, x): # a tensor
+        "The sum of a tensor over all processes, on the device."
+        return x
+    def all_names(self, names): # a list
+        "The names that any process has, each once."
+        return list(names)
+    def stop(self, step, asked): # True or False
+        "Is this the step to stop at, given that this process was `asked` to or not? The same on all processes."
+        return asked
+
+# %% ../nbs/09_training.ipynb #4b5427c3
 PARTS = ('loss', 'mse', 'vb', 'grad_norm')                              # summed over the steps since the last reading
 METERS = ('steps', *PARTS, 'skipped', 'bad_row', 'worst_row')           # kept on the device
 
@@ -93,7 +114,7 @@ class Trainer:
     def __init__(self, model, # (x, t, y) → prediction, with `num_classes` and `class_dropout_prob`
                  process, # has `loss(model, x, y, draws)` and `to(device)`; e.g. a `Diffusion`
                  data, # has `shape`, a length and `batches(...)`; e.g. a `MemoryData`
-                 batch=16, # images a step
+                 batch=16, # images a step, of all processes together
                  steps=1000, # length of the run
                  seed=0, # of every random number
                  lr=1e-4, # the highest learning rate
@@ -106,28 +127,45 @@ class Trainer:
                  ema_warmup=True, # begin with a smaller decay
                  flip=False, # mirror half of the images
                  device='cpu', # where to train
+                 accumulate=1, # parts that a process cuts its share of the step into
+                 wrap=None, # model → what is called in its place in training: compiled, in half precision, …
+                 scaler=None, # a `GradScaler`, for training in fp16
+                 comm=None, # other processes; `OneProcess()` when not given
                 ):
         self.model, self.process, self.data = model.to(device), process.to(device), data
+        self.accumulate, self.scaler, self.comm = accumulate, scaler, comm or OneProcess()
+        self.lo, self.hi = (batch*r//self.comm.world for r in (self.comm.rank, self.comm.rank+1))
         self.batch, self.steps, self.seed, self.flip, self.device = batch, steps, seed, flip, torch.device(device)
         self.lr, self.warmup, self.lr_schedule, self.grad_clip = lr, warmup, lr_schedule, grad_clip
-        self.decay, self.ema_warmup, self.step_no, self.bad_files = decay, ema_warmup, 0, set()
+        self.decay, self.ema_warmup, self.step_no, self.bad_files, self.new_bad = decay, ema_warmup, 0, set(), []
         self.ema = copy.deepcopy(model).requires_grad_(False).eval()
         pairs = [(p,e) for p,e in zip(model.parameters(), self.ema.parameters()) if p.requires_grad]
         self.params, self.ema_params = map(list, zip(*pairs))
         self.opt = make_optimizer(self.params, lr_at(0, lr, warmup, lr_schedule, steps), weight_decay, beta2)
         self.meter, self.parts = {k: torch.zeros((), device=device) for k in METERS}, ()
+        self.net = wrap(model) if wrap else model                           # after the copy: the average stays plain
 
-# %% ../nbs/09_training.ipynb #4b5427c3
+# %% ../nbs/09_training.ipynb #2c1b3f7d
 @patch
-def prepare(self:Trainer, x, # images, uint8 (B,C,H,W), or floats in [-1,1]
+def to_model(self:Trainer, x, # what the set gave, (B,...)
+             flip, # uniform random numbers, below one half means mirrored, (B,); None: none is
+             step, # step, or the name of other draws
+             lo, # position of the first sample in the global batch
+            ): # (B,C,H,W)
+    "Samples as the model sees them; the set's own way where it has one."
+    if hasattr(self.data, 'to_model'): return self.data.to_model(x, flip, self.seed, step, lo)
+    return to_float(x) if flip is None else mirror(to_float(x), flip)
+
+@patch
+def prepare(self:Trainer, x, # what the set gave, (B,...): uint8 images, floats in [-1,1], …
             y, # labels, (B,)
-            d, # `Draws` of the batch
-           ): # images in [-1,1] (B,C,H,W), labels with some dropped (B,)
+            d, # `Draws` of these samples
+            lo=0, # position of the first of them in the global batch
+           ): # samples (B,C,H,W), labels with some dropped (B,)
     "What the model sees: floats, half of them mirrored where that is wanted; labels, some of them the null class."
-    x, m = to_float(x), self.model
-    if self.flip: x = mirror(x, d.flip)
+    m = self.model
     if m.num_classes and m.class_dropout_prob: y = drop_labels(y, d.drop, m.class_dropout_prob, m.num_classes)
-    return x, y
+    return self.to_model(x, d.flip if self.flip else None, self.step_no, lo), y
 
 # %% ../nbs/09_training.ipynb #b80b58c4
 def flush_folder(folder):
@@ -203,7 +241,8 @@ def state_dict(self:Trainer): # a dict of plain values and live tensors (save or
     "Everything that a resumed run needs, the optimizer's moments by parameter name."
     names = {p: n for n,p in self.model.named_parameters()}
     opt = {names[p]: dict(s) for p,s in self.opt.state.items()}
-    return dict(model=self.model.state_dict(), ema=self.ema.state_dict(), opt=opt, scaler=None,
+    return dict(model=self.model.state_dict(), ema=self.ema.state_dict(), opt=opt,
+                scaler=self.scaler.state_dict() if self.scaler else None,
                 train_steps=self.step_no, epoch=self.step_no*self.batch//len(self.data),
                 meter=dict(self.meter), bad_files=sorted(self.bad_files))
 
@@ -229,6 +268,7 @@ def load_state_dict(self:Trainer, ckpt, # from `state_dict`
     if lacks: raise UserError(f'{name} cannot be resumed: it has no {", ".join(lacks)}')
     load_weights(self.model, ckpt['model'], name); load_weights(self.ema, ckpt['ema'], name)
     self.load_moments(ckpt['opt'], name)
+    if self.scaler and ckpt.get('scaler'): self.scaler.load_state_dict(ckpt['scaler'])
     self.meter = {k: ckpt['meter'][k].to(self.device, copy=True) for k in METERS}
     self.step_no, self.bad_files = ckpt['train_steps'], set(ckpt.get('bad_files', ()))
 
@@ -265,38 +305,55 @@ def update(self:Trainer, bad, # 1 where this step must change nothing, else 0; 0
     for g in opt.param_groups: g['lr'] = lr_at(k, self.lr, self.warmup, self.lr_schedule, self.steps)
     if opt.defaults['fused']: opt.found_inf = bad; opt.step()
     elif not bad.item(): opt.step()                                     # no fused kernel here: Python has to ask
+    if self.scaler: self.scaler.update()
     opt.zero_grad()
     update_ema(self.ema_params, self.params, (1-bad)*(1-ema_decay(k, self.decay, self.ema_warmup)))
 
 # %% ../nbs/09_training.ipynb #47b448cd
 @patch
 @torch.no_grad()
-def measure(self:Trainer, losses, # dict of (B,), as the process gave it
+def measure(self:Trainer, means, # dict of 0-dim tensors: loss and its parts in this step
             norm, # of the gradient, 0-dim
             bad, # 1 where the step was skipped, else 0; 0-dim
            ):
     "Add what one step saw to the sums on the device; a skipped step counts as skipped and no more."
-    m, new = self.meter, {k: losses[k].mean() for k in PARTS if k in losses} | dict(grad_norm=norm)
+    m, new = self.meter, means | dict(grad_norm=norm)
     self.parts = tuple(new)
     for k,v in new.items(): m[k] += v.where(bad==0, 0)
     m['steps'] += 1-bad; m['skipped'] += bad
-    m['bad_row'] = (m['bad_row']+1)*bad                                 # skipped in a row
+    row = bad if not self.scaler else bad*(self.scaler.scale(torch.ones_like(bad))<=1)  # above 1, a scaler is still searching
+    m['bad_row'] = (m['bad_row']+row)*bad                               # skipped in a row
     m['worst_row'] = torch.maximum(m['worst_row'], m['bad_row'])
 
 # %% ../nbs/09_training.ipynb #51d601be
 @patch
-def train_step(self:Trainer, x, # images, uint8 (B,C,H,W), on the device
-               y, # labels, (B,), on the device
+def backward(self:Trainer, x, # samples of a part of the step, on the device
+             y, # their labels, (B,)
+             lo, # position of the first of them in the global batch
+             total, # samples that this process has in this step
+            ): # dict of 0-dim tensors: sums over the part, divided by `total`
+    "Add the gradient of a part of the step to what is there, weighted by its size."
+    m = self.model
+    d = draw_numbers(self.seed, self.step_no, lo, lo+len(x), (m.in_channels, *m.input_size), self.device)
+    losses = self.process.loss(self.net, *self.prepare(x, y, d, lo), d)     # dict of (B,)
+    means = {k: losses[k].sum()/total for k in PARTS if k in losses}
+    (self.scaler.scale(means['loss']) if self.scaler else means['loss']).backward()
+    return {k: v.detach() for k,v in means.items()}
+
+@patch
+def train_step(self:Trainer, x, # samples of this process, as the set gave them, on the device
+               y, # their labels, (B,), on the device
               ):
     "One step of training. Nothing in it waits for the device; where loss or gradient is not finite it changes nothing."
-    d = draw_numbers(self.seed, self.step_no, 0, len(x), x.shape[1:], self.device)
-    losses = self.process.loss(self.model, *self.prepare(x, y, d), d)   # dict of (B,)
-    loss = losses['loss'].mean()
-    loss.backward()
+    n, part, sums = len(x), -(-len(x)//self.accumulate), []
+    for a in range(0, n, part):
+        with self.comm.part(last=a+part>=n): sums.append(self.backward(x[a:a+part], y[a:a+part], self.lo+a, n))
+    means = dict(zip(sums[0], self.comm.mean(torch.stack([sum(s[k] for s in sums) for k in sums[0]]))))
+    if self.scaler: self.scaler.unscale_(self.opt)
     norm = clip_grads([p.grad for p in self.params], self.grad_clip)
-    bad = (~(norm+loss.detach()).isfinite()).float()
+    bad = (~(norm+means['loss']).isfinite()).float()
+    self.measure(means, norm, bad)
     self.update(bad)
-    self.measure(losses, norm, bad)
     self.step_no += 1
 
 # %% ../nbs/09_training.ipynb #959720f4
@@ -334,16 +391,20 @@ def preview(self:Trainer, n=16, # images
             sampler='ddpm', # or `ddim`
             clip=True, # keep estimates within [-1,1]: for pixels
             batch=64, # images at a time
+            decode=None, # latents → images in [-1,1]; None: the model draws images
            ): # (n,C,H,W) in [-1,1]
-    "Images drawn by the average, with random numbers of their own, so that training never notices."
-    m, process, out = self.ema, self.process.respace(steps), []
+    "Images drawn by the average, with random numbers of their own, so that training never notices; each process draws some."
+    m, process, out = self.ema, self.process.respace(steps), None
     labels = preview_labels(m.num_classes, n, self.seed).to(self.device) if m.num_classes else None
     f = guided(m, cfg_scale if m.num_classes and m.class_dropout_prob else 1, m.num_classes, in_channels=m.in_channels)
-    for ids in torch.arange(n).split(batch):
+    for ids in torch.arange(self.comm.rank, max(n, self.comm.rank+1), self.comm.world).split(batch):
         noise = Noise(self.seed, ids.tolist(), (m.in_channels, *m.input_size), self.device)
-        y = None if labels is None else labels[ids.to(self.device)]
-        out.append(SAMPLERS[sampler](process, f, noise, y, clip=clip))
-    return torch.cat(out)
+        ids = ids.to(self.device)
+        x = SAMPLERS[sampler](process, f, noise, None if labels is None else labels[ids%n], clip=clip)
+        x = decode(x) if decode else x
+        if out is None: out = x.new_zeros(max(n, self.comm.world), *x.shape[1:])
+        out[ids] = x
+    return self.comm.total(out)[:n]
 
 # %% ../nbs/09_training.ipynb #78e13910
 @patch
@@ -352,14 +413,16 @@ def validate(self:Trainer, data, # a set held out
              batch=None, # images at a time; those of a step when not given
             ): # mean loss, and a list of its means by quarter of t (nan where no image fell)
     "Loss of the average on a held-out set, with the same draws every time. This waits for the device."
-    sums, n, batch = torch.zeros(4, 2, device=self.device), len(data), batch or self.batch
-    for lo in range(0, n, batch):
+    m, n, batch = self.model, len(data), batch or -(-(self.hi-self.lo)//self.accumulate)
+    sums = torch.zeros(4, 2, device=self.device)
+    for lo in range(self.comm.rank*batch, n, self.comm.world*batch):
         hi = min(n, lo+batch)
         x, y, _ = next(iter(data.batches(self.seed, n, 0, 1, lo, hi)))
-        d = draw_numbers(self.seed, 'val', lo, hi, x.shape[1:], self.device)
-        loss = self.process.loss(self.ema, to_float(x.to(self.device)), y.to(self.device), d)['loss']
+        d = draw_numbers(self.seed, 'val', lo, hi, (m.in_channels, *m.input_size), self.device)
+        loss = self.process.loss(self.ema, self.to_model(x.to(self.device), None, 'val', lo), y.to(self.device), d)['loss']
         quarter = (d.u*4).long().clamp(max=3)                           # (B,)
         sums.index_add_(0, quarter, torch.stack([loss, torch.ones_like(loss)], 1))
+    sums = self.comm.total(sums)
     total, count = sums.sum(0).tolist()
     return total/count, (sums[:,0]/sums[:,1]).tolist()
 
@@ -537,20 +600,29 @@ def save_image(path, # where to
 
 # %% ../nbs/09_training.ipynb #9aff0cf9
 class StopSignal:
-    "Within this context the first Ctrl-C or SIGTERM is noted in `name`; the second does what it always does."
-    def __init__(self): self.name, self.old = None, {}
+    "Within this context the first Ctrl-C, SIGTERM or SIGUSR1 is noted in `name`; a second Ctrl-C does what it always does."
+    def __init__(self):
+        self.name, self.old, self.at, self.looked = None, {}, 0., 0.
+        self.file, self.echo = os.environ.get('MIXMIX_STOP_FILE'), 1. if 'TORCHELASTIC_RUN_ID' in os.environ else 0.
     def __enter__(self):
-        for s in (signal.SIGINT, signal.SIGTERM):
+        for s in (getattr(signal, n) for n in ('SIGINT','SIGTERM','SIGUSR1') if hasattr(signal, n)):
             try: self.old[s] = signal.signal(s, self.handle)
             except ValueError: pass                                     # not in the main thread: nothing is caught
         return self
-    def restore(self, *_):
+    def __exit__(self, *_):
         for s,h in self.old.items(): signal.signal(s, signal.SIG_DFL if h is None else h)
-    __exit__ = restore
     def handle(self, s, _):
-        self.name = signal.Signals(s).name
-        self.restore()
-        if at_terminal(sys.stderr): os.write(2, b'\nfinishing the step, then a checkpoint; once more leaves at once\n')
+        now, first = time.monotonic(), self.name is None
+        if not first and s==signal.SIGINT and now-self.at>=self.echo: self.__exit__(); raise KeyboardInterrupt
+        if not first: return
+        self.name, self.at = signal.Signals(s).name, now
+        if at_terminal(sys.stderr): os.write(2, b'\nfinishing the step, then a checkpoint; Ctrl-C once more leaves at once\n')
+    def asked(self): # True or False
+        "Has a signal come, or is the stop file there? The disk is asked once a second."
+        if self.file and not self.name and time.monotonic()-self.looked>1:
+            self.looked = time.monotonic()
+            if os.path.exists(self.file): self.name = 'the stop file'
+        return self.name is not None
 
 # %% ../nbs/09_training.ipynb #a960be8b
 class Stopwatch:
@@ -578,25 +650,25 @@ def stream(self:Trainer, workers, # processes that decode
            stop, # a `StopSignal`
           ): # yields images (B,C,H,W), labels (B,), names of bad files
     "Batches on the device, from where the trainer stands to the end of the run or to a signal, with a progress bar."
-    left = self.steps-self.step_no
-    it = iter(progress(self.data.batches(self.seed, self.batch, self.step_no, self.steps, workers=workers), total=left))
-    while not stop.name:
+    batches = self.data.batches(self.seed, self.batch, self.step_no, self.steps, self.lo, self.hi, workers=workers)
+    it = iter(progress(batches, total=self.steps-self.step_no))
+    while not self.comm.stop(self.step_no, stop.asked()):
         try: x, y, bad = next(it)
         except StopIteration: return
         except RuntimeError:
-            if stop.name: return                                        # the signal has ended the decoders, too
+            if stop.name and self.comm.world==1: return                 # the signal has ended the decoders, too
             raise
         yield x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True), bad
 
 # %% ../nbs/09_training.ipynb #4d2bd073
 @patch
 def note_bad(self:Trainer, run, # a `Run`
-             bad, # names of bad files in this batch
             ):
-    "Name each bad file once in the log."
-    for f in bad:
+    "Name each bad file that any process has met once in the log."
+    for f in self.comm.all_names(self.new_bad):
         if f not in self.bad_files: run.log(f'bad file, replaced by the next: {f}')
         self.bad_files.add(f)
+    self.new_bad = []
 
 # %% ../nbs/09_training.ipynb #ce1357c5
 def peak_memory(device, # a torch.device
@@ -614,6 +686,7 @@ def report(self:Trainer, run, # a `Run`
            val=None, # a set held out, to be measured now
           ):
     "Read the meter, write one line of the log and of metrics.csv. Raises `RunError` after ten skipped steps in a row."
+    self.note_bad(run)
     k, row = self.step_no, self.read_meter()
     speed, epoch = watch.speed(k, self.batch), k*self.batch/len(self.data)
     lr = lr_at(k-1, self.lr, self.warmup, self.lr_schedule, self.steps)
@@ -635,7 +708,9 @@ def checkpoint(self:Trainer, run, # a `Run`
                keep=0, # numbered checkpoints to keep; 0: all
               ): # None, or why it could not be written
     "Write a checkpoint and remove old ones; where it cannot be written, say so and go on."
+    self.note_bad(run)
     state = self.state_dict() | dict(args=args, version=1)
+    if self.comm.rank: return                                           # one writes for all
     try: write_whole(path, lambda f: torch.save(state, f))
     except (OSError, RuntimeError) as e:
         while e.__context__ and not isinstance(e, OSError): e = e.__context__     # what torch.save met
@@ -678,7 +753,9 @@ def show(self:Trainer, run, # a `Run`
     n, k = preview.get('n', 16), self.model.num_classes
     try:
         cols = k if 1<k<=min(n, 20) else None
-        if n: save_image(run.samples/f'{name}.png', self.preview(**preview), cols)
+        x = self.preview(**preview) if n else None                      # on all processes
+        if self.comm.rank: return
+        if n: save_image(run.samples/f'{name}.png', x, cols)
         run.draw_curves()
     except OSError as e: run.log(f'pictures of {name} could not be written: {e.strerror or e}')
 
@@ -722,7 +799,7 @@ def fit(self:Trainer, run, # a `Run`
     watch, saved, saved_at = Stopwatch(self.step_no), time.monotonic(), None
     with StopSignal() as stop:
         for x,y,bad in self.stream(workers, stop):
-            self.note_bad(run, bad); self.train_step(x, y)
+            self.new_bad += bad; self.train_step(x, y)
             k, mark, last = self.step_no, self.step_no%ckpt_every==0, self.step_no==self.steps
             if k%log_every==0 or mark or last: self.report(run, watch, val if mark or last else None)
             if last or not (mark or 0<60*ckpt_minutes<time.monotonic()-saved): continue
@@ -731,5 +808,5 @@ def fit(self:Trainer, run, # a `Run`
             saved, saved_at = time.monotonic(), k
         if self.step_no>=self.steps: return self.finish(run, args, preview)
         if self.step_no!=saved_at: self.save(run, args, keep_ckpts, None)
-    run.log(f'stopped by {stop.name} at step {self.step_no} of {self.steps}; go on with --resume auto')
+    run.log(f'stopped by {stop.name or "another process"} at step {self.step_no} of {self.steps}; go on with --resume auto')
     return False
