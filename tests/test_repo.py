@@ -56,7 +56,7 @@ def test_every_public_function_is_explained():
     code = '''
 import importlib, inspect, sys, fastcore.docments as d
 bad = []
-for m in "core data patches conditioning blocks models diffusion samplers training train sample coco".split():
+for m in "core data latents patches conditioning blocks models diffusion samplers training train sample coco".split():
     mod = importlib.import_module("mixmix_nb."+m)
     for n in mod.__all__:
         f = getattr(mod, n)
@@ -68,7 +68,7 @@ print("\\n".join(bad)); sys.exit(bool(bad))'''
     r = python('-c', code, cwd=ROOT)
     assert r.returncode==0, r.stdout+r.stderr
 
-@pytest.mark.parametrize('command', ["train", "sample", "coco"])
+@pytest.mark.parametrize('command', ["train", "sample", "coco", "latents"])
 def test_help_imports_no_torch(command):
     code = f'''
 import sys, runpy; sys.argv = ["x", "--help"]

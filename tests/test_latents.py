@@ -1,0 +1,349 @@
+"The cache of latents: killed anywhere, shared by processes, torn, mistaken for another one, larger than memory; and the same numbers with it and without it."
+import json, os, random, re, shutil, subprocess, sys
+from pathlib import Path
+import pytest, torch
+from conftest import child_env, python
+from mixmix_nb import latents as L
+from mixmix_nb.core import RunError, UserError, draws
+from mixmix_nb.data import MemoryData, open_data
+
+SIZE, SHARD, N = 32, 8, 61          # pixels, pictures a shard, pictures: the last shard is a short one
+
+def tiny_model(cls='AutoencoderKL'):
+    import diffusers
+    torch.manual_seed(0)
+    return diffusers.AutoencoderKL(block_out_channels=(8,8,8), norm_num_groups=4, mid_block_add_attention=False, scaling_factor=.7, shift_factor=.1,
+        down_block_types=('DownEncoderBlock2D',)*3, up_block_types=('UpDecoderBlock2D',)*3)
+
+@pytest.fixture(scope='module')
+def stuff(tmp_path_factory):
+    "A folder with `photos/` (three classes, two broken files), `vae/`, and `whole/`, the cache made without disturbance."
+    from PIL import Image
+    from sklearn.datasets import load_sample_images
+    d, rng, photos = tmp_path_factory.mktemp('latents'), random.Random(0), load_sample_images().images
+    for i in range(N):
+        f = d/'photos'/'abc'[i%3]/f'{i:03d}.jpg'; f.parent.mkdir(parents=True, exist_ok=True)
+        y, x = rng.randrange(380), rng.randrange(590)
+        Image.fromarray(photos[i%2][y:y+40, x:x+44]).save(f, quality=90)
+    for i in (3, 4): (d/'photos'/'abc'[i%3]/f'{i:03d}.jpg').write_bytes(b'no picture')
+    tiny_model().save_pretrained(d/'vae')
+    L.encode(open_data(d/'photos', SIZE), L.load_vae(d/'vae'), d/'whole', batch=4, workers=0, shard=SHARD)
+    return d
+
+def again(d, out, **kw): return L.encode(open_data(d/'photos', SIZE), L.load_vae(d/'vae'), out, **dict(batch=4, workers=0, shard=SHARD) | kw)
+def tree(d): return {p.name: p.read_bytes() for p in sorted(Path(d).iterdir())}
+def options(d, out): return ['--data-path', d/'photos', '--out', out, '--vae', d/'vae', '--image-size', SIZE, '--batch-size', 4, '--shard-size', SHARD, '--num-workers', 0]
+
+# ---- killed
+
+MORTAL = '''
+import builtins, json, os, signal, sys
+from pathlib import Path
+import torch; torch.set_num_threads(1)
+from mixmix_nb import latents as L
+from mixmix_nb.data import open_data
+d, spec = Path(sys.argv[1]), json.loads(sys.argv[2])
+data, vae = open_data(d/'photos', 32), L.load_vae(d/'vae')
+data[0]                                                             # imports the decoder
+die = lambda: os.kill(os.getpid(), signal.SIGKILL)
+EVENTS = {'open', 'os.rename', 'os.remove', 'os.mkdir'}
+
+class Torn:
+    "An open file that kills the process in the middle of a write, when its turn comes."
+    def __init__(self, f): self.f = f
+    def write(self, b):
+        global count
+        count += 1
+        if count==last: b = memoryview(b).cast('B'); self.f.write(b[:len(b)//2]); self.f.flush(); die()
+        return self.f.write(b)
+    def __getattr__(self, k): return getattr(self.f, k)
+    def __enter__(self): return self
+    def __exit__(self, *a): return self.f.__exit__(*a)
+
+def hook(event, args):
+    global count
+    if event not in EVENTS or inside not in str(args[0]): return
+    count += 1
+    if count==last: die()
+
+def attempt(out, at):
+    "encode(), in a process of its own, killed at its `at`-th operation on a file of the cache (0: never): its status, and how many operations there were."
+    r, w = os.pipe()
+    pid = os.fork()
+    if pid==0:
+        global count, last, inside
+        count, last, inside = 0, at, str(out)
+        L.open = lambda p, mode='r', *a: Torn(builtins.open(p, mode, *a)) if 'wb'==mode else builtins.open(p, mode, *a)
+        sys.addaudithook(hook)
+        try: L.encode(data, vae, out, batch=4, workers=0, shard=8)
+        except BaseException as e: print(repr(e), file=sys.stderr, flush=True); os._exit(1)
+        os.write(w, str(count).encode()); os._exit(0)
+    os.close(w); n = os.read(r, 100); os.close(r)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), int(n or 0)
+
+print('RESULT', json.dumps([attempt(Path(out), at) for out,at in spec]))
+'''
+
+def attempts(d, spec):
+    r = python('-c', MORTAL, d, json.dumps(spec))
+    assert r.returncode==0, r.stderr
+    return json.loads(r.stdout.split('RESULT')[1]), r.stderr
+
+@pytest.mark.timeout(300)
+def test_killed_anywhere(stuff, tmp_path, say):
+    "Ten encodings killed at a random operation each and started again, then one killed ten times in a row: the same files, byte for byte."
+    [[status, total]], err = attempts(stuff, [(str(tmp_path/'a'), 0)])
+    assert status==0 and total>60, err
+    rng = random.Random('kill')
+    at = [rng.randrange(total*i//10, total*(i+1)//10)+1 for i in range(10)]
+    result, err = attempts(stuff, [(str(tmp_path/f'k{i}'), at[i]) for i in range(10)] + [(str(tmp_path/'row'), rng.randrange(5, 25)) for _ in range(10)])
+    assert [s for s,_ in result[:10]]==[-9]*10 and [s for s,_ in result[10:]].count(-9)>=5, (result, err)
+    whole = tree(stuff/'whole')
+    for d in (*tmp_path.glob('k*'), tmp_path/'row'):                # what bears its name is whole, at any moment
+        for name,data in tree(d).items(): assert name.endswith('.tmp') or name in ('.lock', 'plan.json') or data==whole[name], (d.name, at, name)
+    result, err = attempts(stuff, [(str(tmp_path/name), 0) for name in ['row', *(f'k{i}' for i in range(10))]])
+    assert all(s==0 for s,_ in result), (result, err)
+    for name in ['a', 'row', *(f'k{i}' for i in range(10))]: assert tree(tmp_path/name)==tree(stuff/'whole'), (name, at)
+    say(f'encoding killed at operations {at} of {total}, and ten times in a row: the same bytes')
+
+# ---- several processes
+
+WATCH = '''
+import os, sys
+from mixmix_nb import latents as L
+real = L.write_whole
+def write_whole(path, parts):
+    with open(f'{sys.argv[1]}.{os.environ["RANK"]}', 'a') as f: f.write(path.name+'\\n')
+    real(path, parts)
+L.write_whole = write_whole
+L.main(sys.argv[2:])
+'''
+
+def test_two_processes_share_the_shards(stuff, tmp_path):
+    "Under torchrun each process writes its own shards, no file is written by two, and the bytes are those of one process. The second start does nothing."
+    (tmp_path/'w.py').write_text(WATCH)
+    cmd = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', tmp_path/'w.py', tmp_path/'log', *options(stuff, tmp_path/'cache')]
+    r = subprocess.run([*map(str, cmd)], env=child_env(OMP_NUM_THREADS='1'), capture_output=True, text=True, timeout=200)
+    assert r.returncode==0, r.stderr[-3000:]
+    wrote = [(tmp_path/f'log.{i}').read_text().split() for i in (0, 1)]
+    for i in (0, 1): assert [f for f in wrote[i] if f.startswith('shard')]==[f'shard-{k:05d}.safetensors' for k in range(i, 8, 2)]
+    assert not set(wrote[0]) & set(wrote[1]) and wrote[0][-1]=='cache.json'
+    assert tree(tmp_path/'cache')==tree(stuff/'whole')
+
+def test_waiting_for_a_dead_process_ends(stuff, tmp_path, monkeypatch):
+    monkeypatch.setenv('WORLD_SIZE', '2'); monkeypatch.setenv('RANK', '0')
+    with pytest.raises(RunError, match='waited 0 s for the shards of other processes'): again(stuff, tmp_path/'c', patience=.3)
+    assert not (tmp_path/'c/cache.json').exists() and len(list((tmp_path/'c').glob('shard-*')))==4
+    monkeypatch.setenv('RANK', '1')
+    with pytest.raises(RunError, match='waited 0 s for the first process to finish'): again(stuff, tmp_path/'c', patience=.3)
+    monkeypatch.setenv('WORLD_SIZE', '1'); monkeypatch.setenv('RANK', '0')
+    again(stuff, tmp_path/'c')
+    assert tree(tmp_path/'c')==tree(stuff/'whole')
+
+def test_a_second_command_is_refused(stuff, tmp_path):
+    shutil.copytree(stuff/'whole', tmp_path/'c'); L.shard_path(tmp_path/'c', 0).unlink()
+    with L.claimed(tmp_path/'c'), pytest.raises(UserError, match='in use by another process'): again(stuff, tmp_path/'c')
+
+# ---- torn, mistaken, refused
+
+@pytest.mark.parametrize('how', ['cut', 'empty', 'missing', 'head', 'bit', 'renamed', 'other cache'])
+def test_torn_shard_is_redone(stuff, tmp_path, how):
+    out = tmp_path/'c'; shutil.copytree(stuff/'whole', out)
+    s = L.shard_path(out, 2); data = s.read_bytes()
+    if how=='missing': s.unlink()
+    elif how=='renamed': L.shard_path(out, 7).replace(s)
+    elif how=='other cache': L.encode(open_data(stuff/'photos', SIZE), L.load_vae(stuff/'vae'), tmp_path/'o', False, batch=4, workers=0, shard=SHARD); shutil.copy(L.shard_path(tmp_path/'o', 2), s)
+    else: s.write_bytes(dict(cut=data[:-1], empty=b'', head=data[:20]+b'?'+data[21:], bit=data[:-90]+bytes([data[-90]^1])+data[-89:])[how])
+    if how!='bit':
+        with pytest.raises(UserError, match='shard-00002') as e: L.open_cache(out)
+        assert '\n' not in str(e.value)
+    again(stuff, out, verify=how=='bit')
+    assert tree(out)==tree(stuff/'whole')
+
+def test_another_cache_is_refused(stuff, tmp_path):
+    "Another VAE, size, set of files, kind: each refused with its reason, and nothing is changed."
+    out = tmp_path/'c'; shutil.copytree(stuff/'whole', out)
+    data, vae, model = open_data(stuff/'photos', SIZE), L.load_vae(stuff/'vae'), tiny_model()
+    model.encoder.conv_in.bias.data[0] += 1
+    small = open_data(stuff/'photos', SIZE).subset(torch.arange(1, N))
+    for args,kw,why in (((data, L.VAE(model)), {}, 'another VAE'), ((open_data(stuff/'photos', 64), vae), {}, '--image-size: 32 there, 64 here'), ((small, vae), {}, 'other files'),
+                        ((data, vae), dict(flip=False), '--no-flip'), ((data, vae), dict(mean_only=True), '--mean-only')):
+        with pytest.raises(UserError, match=why): L.encode(*args, out, **kw)
+    with pytest.raises(UserError, match='no latent cache'): L.encode(data, vae, stuff/'photos')
+    assert tree(out)==tree(stuff/'whole')
+
+def test_a_replaced_vae_is_noticed(stuff, tmp_path):
+    shutil.copytree(stuff/'vae', tmp_path/'vae'); first = L.load_vae(tmp_path/'vae').fingerprint()
+    assert first==L.load_vae(stuff/'vae').fingerprint()
+    model = tiny_model(); model.decoder.conv_out.weight.data *= 1.001; model.save_pretrained(tmp_path/'vae')
+    assert L.load_vae(tmp_path/'vae').fingerprint()!=first
+
+def test_incomplete_is_not_opened(stuff, tmp_path):
+    out = tmp_path/'c'; shutil.copytree(stuff/'whole', out); (out/'cache.json').unlink()
+    with pytest.raises(UserError, match='no latent cache'): L.open_cache(out)
+    assert not L.is_cache(out) and not L.is_cache(stuff/'photos') and not L.is_cache(tmp_path/'x') and L.is_cache(stuff/'whole')
+    for text in ('{', '[]', '"x"'):
+        (out/'cache.json').write_text(text)
+        with pytest.raises(UserError): L.open_cache(out)
+
+def test_no_room(stuff, tmp_path, monkeypatch):
+    monkeypatch.setattr(L.shutil, 'disk_usage', lambda p: shutil._ntuple_diskusage(10**9, 10**9-10**5, 10**5))
+    with pytest.raises(UserError, match='--no-flip takes .*--mean-only'): again(stuff, tmp_path/'c')
+    assert not (tmp_path/'c').exists()
+
+BAD = [('', '--data-path'), ('--data-path photos', '--out'), ('--data-path nowhere --out o --vae vae', 'neither a folder nor'), ('--data-path photos --out o --vae none', 'nothing to encode'),
+       ('--data-path photos --out o --vae nothing', 'neither a folder'), ('--data-path photos --out o --vae photos', 'no AutoencoderKL'), ('--data-path photos --out o --vae ema', '--vae none'),
+       ('--data-path photos --out o --vae someone/something', 'TAESD'), ('--data-path photos --out o --vae vae --image-size 66', 'divisible by 4'), ('--data-path photos --out photos/a/o --vae vae', 'lies in'),
+       ('--data-path photos --out o --vae vae --image-size 0', 'at least 1'), ('--data-path photos --out o --vae vae --batch-size 0', 'at least 1'), ('--data-path photos --out o --vae vae --num-workers -1', 'at least 0'),
+       ('--data-path photos --out vae --vae vae --image-size 32', 'no latent cache'), ('--data-path photos --out o --vae vae --device cuda:9', 'cuda:9'), ('--data-path photos --out o --nonsense', 'unknown option'),
+       ('--data-path photos --out photos/a/000.jpg --vae vae', 'lies in'), ('--data-path photos --out o --vae torn --image-size 32', 'cannot be read'), ('--data-path photos --out o --vae half --image-size 32', 'lacks')]
+
+def test_bad_input(stuff, tmp_path, monkeypatch, capsys):
+    "One line on stderr, status 2, nothing written."
+    from safetensors.torch import load_file, save_file
+    for n in ('photos', 'vae'): (tmp_path/n).symlink_to(stuff/n)
+    for n in ('torn', 'half'): shutil.copytree(stuff/'vae', tmp_path/n)
+    w = 'diffusion_pytorch_model.safetensors'
+    (tmp_path/'torn'/w).write_bytes((stuff/'vae'/w).read_bytes()[:5000])
+    save_file(dict(list(load_file(stuff/'vae'/w).items())[5:]), tmp_path/'half'/w)
+    monkeypatch.chdir(tmp_path)
+    import huggingface_hub.constants as hub
+    monkeypatch.setattr(hub, 'HF_HUB_OFFLINE', True)
+    for n,v in (('RANK', '0'), ('WORLD_SIZE', '1')): monkeypatch.setenv(n, v)
+    before = sorted(p.name for p in tmp_path.rglob('*'))
+    for line,why in BAD:
+        with pytest.raises(SystemExit) as e: L.main(line.split())
+        err = capsys.readouterr().err
+        assert e.value.code==2 and err.startswith('mixmix_nb: ') and err.count('\n')==1 and why in err, (line, err)
+    assert sorted(p.name for p in tmp_path.rglob('*'))==before
+
+def test_command(stuff, tmp_path):
+    "The command in a process of its own makes the same files with decoding workers; only what a user wants to read is printed."
+    o = options(stuff, tmp_path/'c'); o[-1] = 2
+    r = python('-m', 'mixmix_nb.latents', *o, OMP_NUM_THREADS='1')
+    assert r.returncode==0 and r.stderr=='', r.stderr
+    assert 'decoders could do' in r.stdout and '2 bad file(s)' in r.stdout and 'MB on the disk' in r.stdout
+    assert tree(tmp_path/'c')==tree(stuff/'whole')
+    assert (tmp_path/'c/bad_files.txt').read_text().split()==['a/003.jpg', 'b/004.jpg']
+
+# ---- the same numbers
+
+def loss_of(data, model, process, step):
+    "The loss of one step, from what the data gives."
+    x, y, _ = next(data.batches(5, 16, step, step+1))
+    d = draws(5, step, 0, 16, data.shape)
+    z = data.to_model(x, d.flip, 5, step)
+    return process.loss(model, z, y, d)['loss'].mean().item()
+
+@pytest.mark.parametrize('prediction', ['eps', 'x0'])
+@pytest.mark.parametrize('kind', ['AutoencoderKL', 'TAESD'])
+def test_same_loss_from_cache_and_on_the_fly(stuff, tmp_path, kind, prediction, request, say):
+    from mixmix_nb.diffusion import Diffusion
+    from mixmix_nb.models import DiT
+    vae = L.load_vae(stuff/'vae' if kind=='AutoencoderKL' else request.getfixturevalue('data_dir')/'taesd')
+    data = open_data(stuff/'photos', 64)
+    mapped, live = L.open_cache(L.encode(data, vae, tmp_path/'c', workers=0, shard=16)), L.EncodedData(data, vae)
+    held = L.open_cache(tmp_path/'c').to('cpu')
+    assert live.fingerprint()==mapped.fingerprint()==held.fingerprint() and mapped.posterior==(kind=='AutoencoderKL')
+    torch.manual_seed(0); model, process, worst = DiT(input_size=mapped.shape[1], patch_size=2, in_channels=4, hidden_size=64, depth=2, num_heads=2, num_classes=3), Diffusion(prediction=prediction), 0
+    for p in model.parameters(): torch.nn.init.normal_(p, std=.05)       # a fresh DiT gives zeros
+    with torch.no_grad():
+        for step in range(4):
+            a, b, c = (loss_of(d, model, process, step) for d in (live, mapped, held))
+            assert b==c and abs(a-b)<1e-3*a, (a, b, c)
+            worst = max(worst, abs(a-b)/a)
+    say(f'{kind}, predicting {prediction}: the loss from the cache differs from that on the fly by {worst:.1e} at most')
+
+def test_any_share_of_a_step(stuff):
+    "Two processes, or two micro-batches, see what one sees; the seed, the step and 'val' matter."
+    c, u = L.open_cache(stuff/'whole'), torch.rand(48)
+    whole = c.to_model(next(c.batches(1, 48, 7, 8))[0], u, 1, 7)
+    for cuts in ((0, 24, 48), (0, 5, 6, 40, 48)):
+        parts = [c.to_model(next(c.batches(1, 48, 7, 8, lo, hi, workers=2))[0], u[lo:hi], 1, 7, lo) for lo,hi in zip(cuts, cuts[1:])]
+        assert torch.equal(torch.cat(parts), whole)
+    x = next(c.batches(1, 48, 7, 8))[0]
+    for seed,step in ((1, 8), (2, 7), (1, 'val')): assert not torch.equal(c.to_model(x, u, seed, step), whole)
+    assert torch.equal(L.posterior_noise(0, 3, 17, 40, (2,3)), L.posterior_noise(0, 3, 0, 64, (2,3))[17:40])
+
+def test_mirror_images(stuff, tmp_path):
+    "Where the uniform is below one half the mirror image is taken, else the picture; a cache without mirror images refuses."
+    c, data, vae = L.open_cache(stuff/'whole'), open_data(stuff/'photos', SIZE), L.load_vae(stuff/'vae')
+    x = torch.stack([data[i][0] for i in range(4)]).float()/127.5-1
+    for flip,images in ((torch.tensor([.1, .9, .4, .6]), torch.stack([x[0].flip(-1), x[1], x[2].flip(-1), x[3]])), (None, x)):
+        mean, std = vae.moments(images)
+        want = mean+std*L.posterior_noise(0, 0, 0, 4, c.shape)
+        for d,xs in ((c, c.gather(torch.arange(4))), (L.open_cache(stuff/'whole').to('cpu'), torch.arange(4))): assert torch.allclose(d.to_model(xs, flip, 0, 0), want, atol=5e-3)
+    assert c.labels[:4].tolist()==[0]*4
+    n = L.open_cache(again(stuff, tmp_path/'n', flip=False, mean_only=True))
+    assert not n.flip and not n.posterior and n.nbytes*4==c.nbytes and n.fingerprint()!=c.fingerprint()
+    with pytest.raises(UserError, match='no mirror images'): n.to_model(next(n.batches(0, 8, 0, 1))[0], torch.rand(8), 0, 0)
+    assert torch.allclose(n.to_model(n.gather(torch.arange(4)), None, 0, 0), vae.moments(x)[0], atol=5e-3)
+
+def test_set_in_memory(tmp_path, stuff):
+    "Grey pictures held in memory are encoded, too; split and subset keep labels."
+    from mixmix_nb.data import split
+    m = MemoryData(torch.randint(0, 256, (40,1,16,16), dtype=torch.uint8), torch.arange(40)%4, list('abcd'))
+    c = L.open_cache(L.encode(m, L.load_vae(stuff/'vae'), tmp_path/'c', False, shard=16))
+    train, val = split(c, .25, 0); t2, v2 = split(m, .25, 0)
+    assert (len(train), len(val), c.files) == (30, 10, []) and torch.equal(train.labels, t2.labels) and torch.equal(val.to('cpu').labels, v2.labels)
+
+# ---- memory
+
+ENCODE = '''
+import sys, torch
+from pathlib import Path
+from mixmix_nb import latents as L
+from mixmix_nb.data import MemoryData
+torch.set_num_threads(1)
+def anonymous(): return int([l for l in open('/proc/self/status') if l.startswith('RssAnon')][0].split()[1])/1024
+real, seen = L.write_whole, []
+def write_whole(path, parts): real(path, parts); seen.append(anonymous())
+L.write_whole = write_whole
+class Model(torch.nn.Module):                                       # nearly no work, many channels
+    config = type('Config', (dict,), dict(__getattr__=dict.__getitem__))(latent_channels=12, block_out_channels=(1, 1))
+    def encode(self, x):
+        z = torch.nn.functional.pixel_unshuffle(x, 2)
+        return type('O', (), dict(latent_dist=type('D', (), dict(parameters=torch.cat([z, z-8], 1)))))
+vae = L.VAE(Model())
+L.encode(MemoryData(torch.zeros(3072, 3, 64, 64, dtype=torch.uint8)), vae, sys.argv[1], False, shard=64, batch=16)
+print(sum(f.stat().st_size for f in Path(sys.argv[1]).glob('shard*'))/2**20, seen[17], max(seen))
+'''
+
+@pytest.mark.skipif(not sys.platform.startswith('linux'), reason='reads /proc')
+def test_memory_stays_flat_while_encoding(tmp_path, say):
+    "What is written is not kept."
+    r = python('-c', ENCODE, tmp_path/'c', OMP_NUM_THREADS='1')
+    assert r.returncode==0, r.stderr
+    size, early, peak = map(float, r.stdout.split()[-3:])
+    assert size>60 and peak<early+size/4, (size, early, peak)
+    say(f'encoding {size:.0f} MiB of latents: anonymous memory {early:.0f} MiB in the 17th of 48 shards, {peak:.0f} MiB at most')
+
+FLAT = '''
+import sys, torch
+from pathlib import Path
+from mixmix_nb import latents as L
+torch.set_num_threads(1)
+def anonymous(): return int([l for l in open('/proc/self/status') if l.startswith('RssAnon')][0].split()[1])/1024
+d, n, shard = Path(sys.argv[1]), 4096, 512
+plan = L.plan_cache(type('D', (), dict(shape=(3,128,128), __len__=lambda s: n, name='made up', fingerprint=lambda s: 'x', classes=None))(), L.load_vae(sys.argv[2]))
+plan = plan | dict(shape=[4,32,32], shard=shard)
+d.mkdir()
+for k in range(n//shard):
+    m = torch.randn(shard, 2, 4, 32, 32).half()
+    L.write_whole(L.shard_path(d, k), L.shard_parts(dict(mean=m, labels=torch.zeros(shard, dtype=torch.long), std=m), dict(plan=L.plan_digits(plan), bad='[]')))
+    del m
+L.finish(d, plan)
+c, u, peaks = L.open_cache(d), torch.rand(64), []
+for k,(x,y,_) in enumerate(c.batches(0, 64, 0, 192, workers=2)):
+    z = c.to_model(x, u, 0, k); peaks.append(anonymous())
+print(c.nbytes/2**20, peaks[63], max(peaks))
+'''
+
+@pytest.mark.skipif(not sys.platform.startswith('linux'), reason='reads /proc')
+def test_memory_stays_flat(stuff, tmp_path, say):
+    "Reading three epochs of a mapped cache of 128 MiB takes no more anonymous memory in the third epoch than in the first."
+    r = python('-c', FLAT, tmp_path/'c', stuff/'vae', OMP_NUM_THREADS='1')
+    assert r.returncode==0, r.stderr
+    size, early, peak = map(float, r.stdout.split()[-3:])
+    assert size==128 and peak<early+16, (size, early, peak)
+    say(f'a mapped cache of {size:.0f} MiB: anonymous memory {early:.0f} MiB in the first epoch, {peak:.0f} MiB at most in three')
