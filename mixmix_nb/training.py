@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'METERS', 'COLUMNS', 'to_float', 'update_ema', 'ema_decay', 'mirror', 'lr_at', 'has_fused', 'make_optimizer',
-           'OneProcess', 'Trainer', 'flush_folder', 'write_whole', 'why_unreadable', 'check_sums', 'read_checkpoint',
-           'load_weights', 'NoWaiting', 'clip_grads', 'preview_labels', 'RunLog', 'Run', 'run_number', 'claim',
-           'new_run', 'close_in_children', 'csv_lines', 'save_image', 'StopSignal', 'Stopwatch', 'peak_memory',
-           'check_room']
+           'OneProcess', 'Trainer', 'to_model', 'flush_folder', 'write_whole', 'why_unreadable', 'check_sums',
+           'read_checkpoint', 'load_weights', 'NoWaiting', 'clip_grads', 'preview_labels', 'RunLog', 'Run',
+           'run_number', 'claim', 'new_run', 'close_in_children', 'csv_lines', 'save_image', 'StopSignal', 'Stopwatch',
+           'peak_memory', 'check_room']
 
 # %% ../nbs/09_training.ipynb #f49c4684
 import copy, csv, errno, json, math, os, shutil, signal, sys, time, warnings, weakref, zipfile
@@ -146,14 +146,15 @@ class Trainer:
         self.net = wrap(model) if wrap else model                           # after the copy: the average stays plain
 
 # %% ../nbs/09_training.ipynb #2c1b3f7d
-@patch
-def to_model(self:Trainer, x, # what the set gave, (B,...)
+def to_model(data, # the set that gave them
+             x, # what it gave, (B,...)
              flip, # uniform random numbers, below one half means mirrored, (B,); None: none is
+             seed, # the run's seed
              step, # step, or the name of other draws
              lo, # position of the first sample in the global batch
             ): # (B,C,H,W)
     "Samples as the model sees them; the set's own way where it has one."
-    if hasattr(self.data, 'to_model'): return self.data.to_model(x, flip, self.seed, step, lo)
+    if hasattr(data, 'to_model'): return data.to_model(x, flip, seed, step, lo)
     return to_float(x) if flip is None else mirror(to_float(x), flip)
 
 @patch
@@ -165,7 +166,7 @@ def prepare(self:Trainer, x, # what the set gave, (B,...): uint8 images, floats 
     "What the model sees: floats, half of them mirrored where that is wanted; labels, some of them the null class."
     m = self.model
     if m.num_classes and m.class_dropout_prob: y = drop_labels(y, d.drop, m.class_dropout_prob, m.num_classes)
-    return self.to_model(x, d.flip if self.flip else None, self.step_no, lo), y
+    return to_model(self.data, x, d.flip if self.flip else None, self.seed, self.step_no, lo), y
 
 # %% ../nbs/09_training.ipynb #b80b58c4
 def flush_folder(folder):
@@ -419,7 +420,7 @@ def validate(self:Trainer, data, # a set held out
         hi = min(n, lo+batch)
         x, y, _ = next(iter(data.batches(self.seed, n, 0, 1, lo, hi)))
         d = draw_numbers(self.seed, 'val', lo, hi, (m.in_channels, *m.input_size), self.device)
-        loss = self.process.loss(self.ema, self.to_model(x.to(self.device), None, 'val', lo), y.to(self.device), d)['loss']
+        loss = self.process.loss(self.ema, to_model(data, x.to(self.device), None, self.seed, 'val', lo), y.to(self.device), d)['loss']
         quarter = (d.u*4).long().clamp(max=3)                           # (B,)
         sums.index_add_(0, quarter, torch.stack([loss, torch.ones_like(loss)], 1))
     sums = self.comm.total(sums)
