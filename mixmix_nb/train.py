@@ -9,7 +9,8 @@ __all__ = ['DEFAULTS', 'RECIPES', 'KINDS', 'AT_LEAST', 'BELOW_ONE', 'ONE_OF', 'F
            'check_results', 'versions', 'differs', 'check_same', 'place', 'check_data', 'read_config', 'same_data',
            'agrees', 'find_run', 'newest_checkpoint', 'run_folder', 'read_resumable', 'open_run', 'make_trainer',
            'remarks', 'results_of', 'plan', 'begin', 'how', 'batch_that_fits', 'memory_of', 'memory_advice', 'launch',
-           'hold_new', 'nothing_to_do', 'decoder', 'run_loop', 'train', 'main', 'synonyms']
+           'hold_new', 'nothing_to_do', 'decoder', 'class_words', 'preview_names', 'run_loop', 'train', 'main',
+           'synonyms']
 
 # %% ../nbs/12_train.ipynb #095c1b48
 import json, math, os, shutil, subprocess, sys
@@ -521,6 +522,24 @@ def decoder(trainer, # a `Trainer`
     except UserError as e: run.log(f'no previews: {e}'); return dict(n=0)
     return dict(clip=False, decode=vae.decode)
 
+def class_words(classes, # names of class folders
+               ): # list of texts
+    "Names that people read: ImageNet's `n01440764` is a tench; others are their own."
+    if not any(c[:1]=='n' and c[1:].isdecimal() and len(c)==9 for c in classes or ()): return list(classes or ())
+    from timm.data import ImageNetInfo
+    info = ImageNetInfo('imagenet-1k')
+    known = set(info.label_names())
+    return [info.label_name_to_description(c).split(',')[0] if c in known else c for c in classes]
+
+def preview_names(o, # dict of options
+                 ): # a line for the log, or ''
+    "Which classes the previews show, in their order."
+    from mixmix_nb.training import preview_labels
+    n, k, words = o['num_sample_images'], o['num_classes'], class_words(o['classes'])
+    if not n or not words or k!=len(words): return ''
+    ids = preview_labels(k, n, o['global_seed']).tolist()
+    return 'previews show: ' + ', '.join(words[i] for i in dict.fromkeys(ids))
+
 def run_loop(trainer, # a `Trainer`
              run, # a `Run`
              o, # dict of options
@@ -528,6 +547,7 @@ def run_loop(trainer, # a `Trainer`
             ):
     "Train to the end, or to a signal."
     preview = dict(n=o['num_sample_images'], steps=o['sample_steps'], cfg_scale=o['cfg_scale'], sampler=o['sampler']) | decoder(trainer, run, o)
+    if names := preview_names(o): run.log(names)
     done = trainer.fit(run, o, val, o['ckpt_every'], o['ckpt_minutes'], o['keep_ckpts'], o['log_every'], o['num_workers'], preview)
     if done: run.log(f'done: {run.samples/"final.png" if o["num_sample_images"] else run.ckpts/"final.pt"}')
 
