@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['BLOCK', 'Draws', 'UserError', 'RunError', 'rank', 'world_size', 'get_device', 'best_dtype', 'seed_of', 'generator',
            'draw_block', 'draws', 'to_uint8', 'make_grid', 'show_images', 'in_notebook', 'at_terminal', 'clear_line',
-           'Log', 'progress', 'Parser', 'on_off', 'parser', 'run_command']
+           'Log', 'progress', 'flush_folder', 'write_whole', 'Parser', 'on_off', 'parser', 'run_command']
 
 # %% ../nbs/00_core.ipynb #ce1cdeef
-import argparse, difflib, hashlib, inspect, operator, os, sys, time
+import argparse, difflib, errno, hashlib, inspect, operator, os, sys, time
 from collections import namedtuple
+from pathlib import Path
 from fastcore.docments import docments
 
 # %% ../nbs/00_core.ipynb #c73e5229
@@ -197,6 +198,28 @@ def progress(it, # anything to loop over
     if rank() or not total or not (in_notebook() or at_terminal()): return it
     from fastprogress import progress_bar
     return _drive(progress_bar(range(total), leave=leave), it, total, leave)
+
+# %% ../nbs/00_core.ipynb #8eead5da
+def flush_folder(folder):
+    "Make a rename in `folder` last through a power failure, where the file system knows how."
+    if os.name!='posix': return
+    d = os.open(folder, os.O_RDONLY)
+    try: os.fsync(d)
+    except OSError as e:
+        if e.errno not in (errno.EINVAL, errno.ENOTSUP): raise
+    finally: os.close(d)
+
+def write_whole(path, # where to; folders on the way are made
+                write, # a function that writes into an open binary file
+               ):
+    "A file that is whole or absent: written beside, flushed, renamed, the folder flushed. Raises what `write` raises."
+    path = Path(path); tmp = path.with_name(path.name+'.tmp')
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with open(tmp, 'wb') as f: write(f); f.flush(); os.fsync(f.fileno())
+        os.replace(tmp, path)
+    except BaseException: tmp.unlink(missing_ok=True); raise
+    flush_folder(path.parent)
 
 # %% ../nbs/00_core.ipynb #7dc28d06
 class Parser(argparse.ArgumentParser):

@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'METERS', 'COLUMNS', 'to_float', 'update_ema', 'ema_decay', 'mirror', 'lr_at', 'has_fused', 'make_optimizer',
-           'OneProcess', 'Trainer', 'to_model', 'flush_folder', 'write_whole', 'why_unreadable', 'check_sums',
-           'read_checkpoint', 'load_weights', 'NoWaiting', 'clip_grads', 'preview_labels', 'RunLog', 'Run',
-           'run_number', 'claim', 'new_run', 'close_in_children', 'csv_lines', 'save_image', 'StopSignal', 'Stopwatch',
-           'peak_memory', 'check_room']
+           'OneProcess', 'Trainer', 'to_model', 'why_unreadable', 'check_sums', 'read_checkpoint', 'load_weights',
+           'NoWaiting', 'clip_grads', 'preview_labels', 'RunLog', 'Run', 'run_number', 'claim', 'new_run',
+           'close_in_children', 'csv_lines', 'save_image', 'StopSignal', 'Stopwatch', 'peak_memory', 'check_room']
 
 # %% ../nbs/09_training.ipynb #f49c4684
 import copy, csv, errno, json, math, os, shutil, signal, sys, time, warnings, weakref, zipfile
@@ -16,7 +15,7 @@ from pathlib import Path
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from fastcore.basics import patch
-from .core import UserError, RunError, Log, at_terminal, generator, make_grid, progress
+from .core import UserError, RunError, Log, at_terminal, generator, make_grid, progress, write_whole
 from .core import draws as draw_numbers
 from .conditioning import drop_labels
 from .samplers import SAMPLERS, Noise, guided
@@ -167,28 +166,6 @@ def prepare(self:Trainer, x, # what the set gave, (B,...): uint8 images, floats 
     m = self.model
     if m.num_classes and m.class_dropout_prob: y = drop_labels(y, d.drop, m.class_dropout_prob, m.num_classes)
     return to_model(self.data, x, d.flip if self.flip else None, self.seed, self.step_no, lo), y
-
-# %% ../nbs/09_training.ipynb #b80b58c4
-def flush_folder(folder):
-    "Make a rename in `folder` last through a power failure, where the file system knows how."
-    if os.name!='posix': return
-    d = os.open(folder, os.O_RDONLY)
-    try: os.fsync(d)
-    except OSError as e:
-        if e.errno not in (errno.EINVAL, errno.ENOTSUP): raise
-    finally: os.close(d)
-
-def write_whole(path, # where to; folders on the way are made
-                write, # a function that writes into an open binary file
-               ):
-    "A file that is whole or absent: written beside, flushed, renamed, the folder flushed. Raises what `write` raises."
-    path = Path(path); tmp = path.with_name(path.name+'.tmp')
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with open(tmp, 'wb') as f: write(f); f.flush(); os.fsync(f.fileno())
-        os.replace(tmp, path)
-    except BaseException: tmp.unlink(missing_ok=True); raise
-    flush_folder(path.parent)
 
 # %% ../nbs/09_training.ipynb #afe9e1a1
 def why_unreadable(path, # a file

@@ -12,8 +12,9 @@ def one_line(r, status=2):
 @pytest.mark.parametrize('args,words', [
     ('--data-path nowhere', 'nowhere'), ('--data-path empty', 'expected <data-path>/<class>'), ('--model DiT-Q/3', 'DiT-XL/2'), ('--lr -1', '--lr'),
     ('--batch-size 0', '--batch-size'), ('--steps many', '--steps'), ('--epoch 3', '--epochs'), ('--num-classes 3', '10 classes'),
-    ('--image-size 7', 'divisible'), ('--resume nothing.pt', 'nothing.pt'), ('--data-path photos', 'latents come next'), ('--data-path photos --image-size 16 --num-classes 5', 'class'),
-    ('--resume evil.pt', 'refused'), ('--resume torn.pt', 'torn'), ('--device cuda:77', 'device'),
+    ('--image-size 7', 'divisible'), ('--resume nothing.pt', 'nothing.pt'), ('--data-path photos', '--vae none'), ('--data-path photos --image-size 16 --num-classes 5', 'class'),
+    ('--resume evil.pt', 'refused'), ('--resume torn.pt', 'torn'), ('--device cuda:77', 'device'), ('--accumulate 5', 'does not divide'), ('--global-batch-size 8 --batch-size 4', '--global-batch-size 8'),
+    ('--mixed-precision fp8', 'bf16'), ('--compile maybe', 'auto'), ('--cache-latents', '--vae'),
 ])
 def test_bad_input(args, words, tmp_path):
     (tmp_path/'empty').mkdir(); (tmp_path/'photos').mkdir()

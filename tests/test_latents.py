@@ -40,7 +40,7 @@ MORTAL = '''
 import builtins, json, os, signal, sys
 from pathlib import Path
 import torch; torch.set_num_threads(1)
-from mixmix_nb import latents as L
+from mixmix_nb import core, latents as L
 from mixmix_nb.data import open_data
 d, spec = Path(sys.argv[1]), json.loads(sys.argv[2])
 data, vae = open_data(d/'photos', 32), L.load_vae(d/'vae')
@@ -73,7 +73,7 @@ def attempt(out, at):
     if pid==0:
         global count, last, inside
         count, last, inside = 0, at, str(out)
-        L.open = lambda p, mode='r', *a: Torn(builtins.open(p, mode, *a)) if 'wb'==mode else builtins.open(p, mode, *a)
+        core.open = L.open = lambda p, mode='r', *a: Torn(builtins.open(p, mode, *a)) if 'wb'==mode else builtins.open(p, mode, *a)
         sys.addaudithook(hook)
         try: L.encode(data, vae, out, batch=4, workers=0, shard=8)
         except BaseException as e: print(repr(e), file=sys.stderr, flush=True); os._exit(1)
@@ -111,11 +111,11 @@ def test_killed_anywhere(stuff, tmp_path, say):
 WATCH = '''
 import os, sys
 from mixmix_nb import latents as L
-real = L.write_whole
-def write_whole(path, parts):
+real = L.write_parts
+def write_parts(path, parts):
     with open(f'{sys.argv[1]}.{os.environ["RANK"]}', 'a') as f: f.write(path.name+'\\n')
     real(path, parts)
-L.write_whole = write_whole
+L.write_parts = write_parts
 L.main(sys.argv[2:])
 '''
 
@@ -296,9 +296,9 @@ from mixmix_nb import latents as L
 from mixmix_nb.data import MemoryData
 torch.set_num_threads(1)
 def anonymous(): return int([l for l in open('/proc/self/status') if l.startswith('RssAnon')][0].split()[1])/1024
-real, seen = L.write_whole, []
-def write_whole(path, parts): real(path, parts); seen.append(anonymous())
-L.write_whole = write_whole
+real, seen = L.write_parts, []
+def write_parts(path, parts): real(path, parts); seen.append(anonymous())
+L.write_parts = write_parts
 class Model(torch.nn.Module):                                       # nearly no work, many channels
     config = type('Config', (dict,), dict(__getattr__=dict.__getitem__))(latent_channels=12, block_out_channels=(1, 1))
     def encode(self, x):
@@ -330,7 +330,7 @@ plan = plan | dict(shape=[4,32,32], shard=shard)
 d.mkdir()
 for k in range(n//shard):
     m = torch.randn(shard, 2, 4, 32, 32).half()
-    L.write_whole(L.shard_path(d, k), L.shard_parts(dict(mean=m, labels=torch.zeros(shard, dtype=torch.long), std=m), dict(plan=L.plan_digits(plan), bad='[]')))
+    L.write_parts(L.shard_path(d, k), L.shard_parts(dict(mean=m, labels=torch.zeros(shard, dtype=torch.long), std=m), dict(plan=L.plan_digits(plan), bad='[]')))
     del m
 L.finish(d, plan)
 c, u, peaks = L.open_cache(d), torch.rand(64), []
