@@ -268,10 +268,13 @@ def run_command(f, # a function made for `parser`
                 argv=None, # the arguments; those of the process when not given
                 defaults={}, # values to show in the help
                 prog=None, # the command, as typed
+                stopped=None, # what to say after Ctrl-C; None: let the `KeyboardInterrupt` go on
                ): # what `f` returns
-    "Call `f` with the options in `argv`; a `UserError` becomes one line on stderr and its exit status."
+    "Call `f` with the options in `argv`; a `UserError` becomes one line on stderr and its exit status, Ctrl-C one line and 130."
+    def leave(line, status): print(f'{clear_line(sys.stderr)}mixmix_nb: {line}', file=sys.stderr); sys.exit(status)
     if hasattr(sys.stdout, 'reconfigure'): sys.stdout.reconfigure(errors='replace')
     try: return f(**vars(parser(f, defaults, prog).parse_args(argv)))
-    except UserError as e:
-        print(f'{clear_line(sys.stderr)}mixmix_nb: {" ".join(str(e).split())}', file=sys.stderr)
-        sys.exit(e.status)
+    except UserError as e: leave(' '.join(str(e).split()), e.status)
+    except KeyboardInterrupt:
+        if stopped is None: raise
+        leave(stopped, 130)

@@ -842,10 +842,7 @@ def tell(folder, # of the cache, a `Path`
 def main(argv=None, # the arguments; those of the process when not given
         ): # the folder
     "The command line of `make_cache`."
-    try: return run_command(make_cache, argv, DEFAULTS, 'python -m mixmix_nb.latents')
-    except KeyboardInterrupt:
-        print('mixmix_nb: stopped; start the same command again to go on', file=sys.stderr)
-        sys.exit(130)
+    return run_command(make_cache, argv, DEFAULTS, 'python -m mixmix_nb.latents', 'stopped; start the same command again to go on')
 
 # %% ../nbs/02_latents.ipynb #3a48a44e
 #| eval: false

@@ -245,10 +245,7 @@ def sample(
 def main(argv=None, # the arguments; those of the process when not given
         ): # the path written
     "The command line of `sample`."
-    try: return run_command(sample, argv, DEFAULTS, 'python -m mixmix_nb.sample')
-    except KeyboardInterrupt:
-        print('mixmix_nb: stopped; nothing was written', file=sys.stderr)
-        sys.exit(130)
+    return run_command(sample, argv, DEFAULTS, 'python -m mixmix_nb.sample', 'stopped; nothing was written')
 
 # %% ../nbs/13_sample.ipynb #21650b6c
 #| eval: false

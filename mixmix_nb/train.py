@@ -7,10 +7,10 @@ __all__ = ['DEFAULTS', 'RECIPES', 'KINDS', 'AT_LEAST', 'BELOW_ONE', 'ONE_OF', 'F
            'as_type', 'check_options', 'whole_batch', 'settle_batch', 'choose_vae', 'check_classes', 'open_latents',
            'open_pictures', 'open_set', 'cached', 'prepare_data', 'build_model', 'build_process', 'check_steps',
            'check_results', 'versions', 'differs', 'check_same', 'place', 'check_data', 'read_config', 'same_data',
-           'agrees', 'find_run', 'newest_checkpoint', 'run_folder', 'read_resumable', 'open_run', 'make_trainer',
-           'remarks', 'results_of', 'plan', 'begin', 'how', 'batch_that_fits', 'memory_of', 'memory_advice', 'launch',
-           'hold_new', 'nothing_to_do', 'decoder', 'class_words', 'preview_names', 'run_loop', 'train', 'main',
-           'synonyms']
+           'agrees', 'find_run', 'newest_checkpoint', 'run_folder', 'read_resumable', 'open_run', 'check_trackers',
+           'numbers', 'trackers', 'make_trainer', 'utilisation_of', 'remarks', 'results_of', 'plan', 'begin', 'how',
+           'batch_that_fits', 'memory_of', 'memory_advice', 'launch', 'hold_new', 'nothing_to_do', 'decoder',
+           'class_words', 'preview_names', 'run_loop', 'train', 'main', 'synonyms']
 
 # %% ../nbs/12_train.ipynb #095c1b48
 import json, math, os, shutil, subprocess, sys
@@ -23,7 +23,7 @@ DEFAULTS = dict(data_path='digits', model='DiT-S/4', batch_size=16, epochs=100, 
     beta2=.999, grad_clip=0., class_dropout_prob=.1, ema_decay=.9999, ema_warmup=True, prediction='eps', schedule='linear', mixer='attention',
     val_fraction=0., ckpt_every=10000, ckpt_minutes=0., keep_ckpts=0, log_every=100, sample_steps='250', sampler='ddpm', cfg_scale=4.,
     num_sample_images=16, results_dir='results', num_workers=4, global_seed=0, device='auto', accumulate=1, mixed_precision='no', compile='auto',
-    grad_checkpoint=False, cache_latents=False)
+    grad_checkpoint=False, cache_latents=False, tensorboard=False, wandb=False)
 
 # %% ../nbs/12_train.ipynb #e4906d54
 RECIPES = {'digits': dict(model='DiT-N/2', batch_size=32, steps=2400, lr=2e-3, warmup=50, lr_schedule='cosine', ema_decay=.995, prediction='v',
@@ -240,7 +240,8 @@ def versions(): # dict
 
 # %% ../nbs/12_train.ipynb #13a58a33
 FREE = {'steps','epochs','num_workers','log_every','ckpt_every','ckpt_minutes','keep_ckpts','sample_steps','sampler','cfg_scale',
-        'num_sample_images','results_dir','resume','device','data_path','accumulate','mixed_precision','compile','grad_checkpoint','cache_latents'}
+        'num_sample_images','results_dir','resume','device','data_path','accumulate','mixed_precision','compile','grad_checkpoint','cache_latents',
+        'tensorboard','wandb'}
 
 def differs(given, # options that the user gave
             stored, # options of the run
@@ -356,6 +357,37 @@ def open_run(given, # options that the user gave
     check(run.lock(), f'{home} is in use by another process; wait for it, or train without --resume')
     return run, ckpt
 
+# %% ../nbs/12_train.ipynb #b7874dd1
+def check_trackers(o, # dict of options
+                  ):
+    "Refuse --tensorboard and --wandb where they are not installed."
+    from importlib.util import find_spec
+    for k in ('tensorboard', 'wandb'): check(not o.get(k) or find_spec(k), f"--{k} needs the package {k}: pip install 'mixmix_nb[{k}]', or leave it away")
+
+def numbers(row, # of metrics
+           ): # dict
+    "The numbers in a row of metrics that were measured."
+    return {k: v for k,v in row.items() if isinstance(v, (int,float)) and v==v}
+
+def trackers(run, # a `Run`
+             o, # dict of options
+            ): # list of functions of a row of metrics
+    "Where rows of metrics go besides metrics.csv."
+    out = []
+    if o['tensorboard']:
+        from torch.utils.tensorboard import SummaryWriter
+        board = SummaryWriter(run.path/'tensorboard')
+        def tell(row):
+            for k,v in numbers(row).items(): board.add_scalar(k, v, row['step'])
+            board.flush()
+        out.append(tell)
+    if o['wandb']:
+        import wandb, hashlib
+        name = hashlib.blake2b(str(run.path.resolve()).encode(), digest_size=8).hexdigest()
+        wandb.init(project='mixmix_nb', name=run.path.name, id=name, resume='allow', dir=str(run.path), config=o)
+        out.append(lambda row: wandb.log(numbers(row), step=row['step']))
+    return out
+
 # %% ../nbs/12_train.ipynb #02fb5835
 def make_trainer(o, # dict of options
                  net, # a `DiT`
@@ -371,9 +403,22 @@ def make_trainer(o, # dict of options
     o['compile'] = 'on' if choose_compile(o['compile'], device, steps) else 'off'
     allow_tf32(device)
     wrap = lambda net: faster(net, device, o['mixed_precision'], o['compile']=='on', o['grad_checkpoint'])
-    return Trainer(net, process, data, o['global_batch_size'], steps, o['global_seed'], o['lr'], o['warmup'], o['lr_schedule'],
+    trainer = Trainer(net, process, data, o['global_batch_size'], steps, o['global_seed'], o['lr'], o['warmup'], o['lr_schedule'],
         o['weight_decay'], o['beta2'], o['grad_clip'], o['ema_decay'], o['ema_warmup'], o['flip'], device,
         o['accumulate'], wrap, make_scaler(o['mixed_precision'], device))
+    trainer.busy = utilisation_of(net, o, device)
+    return trainer
+
+def utilisation_of(net, # a `DiT`
+                   o, # dict of options
+                   device, # a torch.device
+                  ): # images per second → share of the device's peak, or None where that is not known
+    "How busy a run keeps its devices, for the log."
+    import torch
+    from mixmix_nb.models import num_macs
+    from mixmix_nb.speed import peak_flops, utilisation
+    peak = device.type=='cuda' and peak_flops(torch.cuda.get_device_name(device), o['mixed_precision'])
+    return (lambda speed: utilisation(num_macs(net), speed/world_size(), peak)) if peak else None
 
 def remarks(o, # all options, choices made
             stored, # options of the checkpoint, on resume
@@ -408,7 +453,7 @@ def plan(given, # options that the user gave
     o = resolve(given, stored)
     o['results_dir'] = results_of(given, o, run); o.pop('resume', None)
     device = get_device(o['device'])
-    settle_batch(o, given, stored)
+    settle_batch(o, given, stored); check_trackers(o)
     data = open_set(o, device)
     check_data(o, stored)
     o.setdefault('learn_sigma', o['prediction']=='eps')
@@ -548,6 +593,7 @@ def run_loop(trainer, # a `Trainer`
     "Train to the end, or to a signal."
     preview = dict(n=o['num_sample_images'], steps=o['sample_steps'], cfg_scale=o['cfg_scale'], sampler=o['sampler']) | decoder(trainer, run, o)
     if names := preview_names(o): run.log(names)
+    run.trackers = trackers(run, o)
     done = trainer.fit(run, o, val, o['ckpt_every'], o['ckpt_minutes'], o['keep_ckpts'], o['log_every'], o['num_workers'], preview)
     if done: run.log(f'done: {run.samples/"final.png" if o["num_sample_images"] else run.ckpts/"final.pt"}')
 
@@ -592,6 +638,8 @@ def train(
     num_sample_images:int=None, # images in a preview; 0: no previews
     val_fraction:float=None, # share of the data held out
     results_dir:str=None, # where runs are kept
+    tensorboard:bool=None, # metrics for TensorBoard, too (an extra)
+    wandb:bool=None, # metrics for Weights & Biases, too (an extra)
     num_workers:int=None, # processes that decode images
     global_seed:int=None, # of every random number
     device:str=None, # auto, cpu, cuda, cuda:1, mps
@@ -604,10 +652,7 @@ def train(
 def main(argv=None, # the arguments; those of the process when not given
         ): # the run's folder
     "The command line of `train`."
-    try: return run_command(train, synonyms(sys.argv[1:] if argv is None else argv), DEFAULTS, 'python -m mixmix_nb.train')
-    except KeyboardInterrupt:
-        print('mixmix_nb: stopped; --resume auto goes on from the newest checkpoint', file=sys.stderr)
-        sys.exit(130)
+    return run_command(train, synonyms(sys.argv[1:] if argv is None else argv), DEFAULTS, 'python -m mixmix_nb.train', 'stopped; --resume auto goes on from the newest checkpoint')
 
 def synonyms(argv): # the arguments
     "DiT calls `--sample-steps` `--num-sampling-steps`: both are understood. `--mixed-precision` may stand alone."

@@ -143,6 +143,7 @@ class Trainer:
         self.opt = make_optimizer(self.params, lr_at(0, lr, warmup, lr_schedule, steps), weight_decay, beta2)
         self.meter, self.parts = {k: torch.zeros((), device=device) for k in METERS}, ()
         self.net = wrap(model) if wrap else model                           # after the copy: the average stays plain
+        self.busy = None                                                    # images per second → share of the device's peak, where that is known
 
 # %% ../nbs/09_training.ipynb #2c1b3f7d
 def to_model(data, # the set that gave them
@@ -420,7 +421,7 @@ class Run:
     "A run's folder: log, metrics, curves, checkpoints and samples. Making a `Run` writes nothing."
     def __init__(self, path, # the folder
                 ):
-        self.path = Path(path)
+        self.path, self.trackers = Path(path), []                           # functions of a row of metrics, e.g. TensorBoard's
         self.ckpts, self.samples, self.log = self.path/'checkpoints', self.path/'samples', RunLog(self.path/'log.txt')
 
 # %% ../nbs/09_training.ipynb #d38ed5b8
@@ -507,7 +508,7 @@ def prune(self:Run, keep, # how many numbered checkpoints to keep; 0: all
     except OSError as e: self.log(f'an old checkpoint could not be removed: {e}')
 
 # %% ../nbs/09_training.ipynb #53cab129
-COLUMNS = ('step', 'epoch', 'images', 'loss', 'mse', 'vb', 'val_loss', 'grad_norm', 'lr', 'images_per_sec',
+COLUMNS = ('step', 'epoch', 'images', 'loss', 'mse', 'vb', 'val_loss', 'grad_norm', 'lr', 'images_per_sec', 'step_ms', 'mfu',
            'peak_memory_mb', 'skipped', 'bad_files')
 
 def csv_lines(rows, # dicts
@@ -536,7 +537,8 @@ def read_metrics(self:Run): # list of dicts of numbers, nan where nothing was me
 @patch
 def write_metrics(self:Run, row, # dict with keys of `COLUMNS`
                  ):
-    "Add one line to metrics.csv; where that fails, say so and go on."
+    "Add one line to metrics.csv, and tell it to whoever else wants to know; where the file fails, say so and go on."
+    for tell in self.trackers: tell(row)
     f = self.path/'metrics.csv'
     try:
         with open(f, 'a') as h: h.write(csv_lines([row], header=h.tell()==0))
@@ -668,9 +670,10 @@ def report(self:Trainer, run, # a `Run`
     k, row = self.step_no, self.read_meter()
     speed, epoch = watch.speed(k, self.batch), k*self.batch/len(self.data)
     lr = lr_at(k-1, self.lr, self.warmup, self.lr_schedule, self.steps)
-    row |= dict(step=k, epoch=epoch, images=k*self.batch, lr=lr, images_per_sec=speed,
-                peak_memory_mb=peak_memory(self.device), bad_files=len(self.bad_files))
-    text = f'step {k:7d}/{self.steps}  epoch {epoch:.2f}  loss {row["loss"]:.4f}  {speed:.1f} images/s'
+    row |= dict(step=k, epoch=epoch, images=k*self.batch, lr=lr, images_per_sec=speed, step_ms=1e3*self.batch/max(speed, 1e-9),
+                mfu=self.busy and self.busy(speed), peak_memory_mb=peak_memory(self.device), bad_files=len(self.bad_files))
+    text = f'step {k:7d}/{self.steps}  epoch {epoch:.2f}  loss {row["loss"]:.4f}  {speed:.1f} images/s, {row["step_ms"]:.0f} ms a step'
+    if row['mfu']: text += f', {row["mfu"]:.0%} of the peak'
     if val:
         with watch.pause(): row['val_loss'], quarters = self.validate(val)
         text += f'  val {row["val_loss"]:.4f} (by quarter of t: {" ".join(f"{v:.4f}" for v in quarters)})'
