@@ -9,8 +9,8 @@ __all__ = ['DEFAULTS', 'RECIPES', 'KINDS', 'AT_LEAST', 'BELOW_ONE', 'ONE_OF', 'F
            'check_results', 'versions', 'differs', 'check_same', 'place', 'check_data', 'read_config', 'same_data',
            'agrees', 'find_run', 'newest_checkpoint', 'run_folder', 'read_resumable', 'open_run', 'check_trackers',
            'numbers', 'trackers', 'make_trainer', 'utilisation_of', 'remarks', 'results_of', 'plan', 'begin', 'how',
-           'batch_that_fits', 'memory_of', 'memory_advice', 'launch', 'hold_new', 'nothing_to_do', 'decoder',
-           'class_words', 'preview_names', 'run_loop', 'train', 'main', 'synonyms']
+           'batch_that_fits', 'memory_of', 'memory_advice', 'launch', 'launch_on', 'open_together', 'hold_new',
+           'nothing_to_do', 'decoder', 'class_words', 'preview_names', 'run_loop', 'train', 'main', 'synonyms']
 
 # %% ../nbs/12_train.ipynb #095c1b48
 import json, math, os, shutil, subprocess, sys
@@ -341,21 +341,21 @@ def read_resumable(file, # a checkpoint
 
 # %% ../nbs/12_train.ipynb #4d63cb74
 def open_run(given, # options that the user gave
-            ): # a locked `Run` or None for a new one, the checkpoint or None
+            ): # a locked `Run` or None for a new one, the file of the checkpoint or None, what it holds
     "What `--resume` means: the run to go on with, and the checkpoint to go on from."
     from mixmix_nb.training import Run
-    if given.get('resume') is None: return None, None
+    if given.get('resume') is None: return None, None, None
     if given['resume']=='auto':
         run = find_run(given)
-        return run, run and newest_checkpoint(run)[1]
+        return run, *(newest_checkpoint(run) if run else (None, None))
     file = Path(given['resume']).expanduser()
     ckpt, home = read_resumable(file), run_folder(file)
-    if home is None: return None, ckpt
+    if home is None: return None, file, ckpt
     run = Run(home)
     newest, _ = newest_checkpoint(run)
-    if newest is None or not newest.samefile(file): return None, ckpt
+    if newest is None or not newest.samefile(file): return None, file, ckpt
     check(run.lock(), f'{home} is in use by another process; wait for it, or train without --resume')
-    return run, ckpt
+    return run, file, ckpt
 
 # %% ../nbs/12_train.ipynb #b7874dd1
 def check_trackers(o, # dict of options
@@ -394,6 +394,7 @@ def make_trainer(o, # dict of options
                  process, # a `Diffusion`
                  data, # the training set
                  device, # a torch.device
+                 comm=None, # the processes of the run; None: this one alone
                 ): # a `Trainer`
     "The trainer that the options describe; `epochs` become steps, rounded up."
     from mixmix_nb.training import Trainer
@@ -402,10 +403,11 @@ def make_trainer(o, # dict of options
     o['mixed_precision'] = choose_precision(o['mixed_precision'], device)
     o['compile'] = 'on' if choose_compile(o['compile'], device, steps) else 'off'
     allow_tf32(device)
-    wrap = lambda net: faster(net, device, o['mixed_precision'], o['compile']=='on', o['grad_checkpoint'])
+    share = comm.wrap if comm and comm.world>1 else None
+    wrap = lambda net: faster(net, device, o['mixed_precision'], o['compile']=='on', o['grad_checkpoint'], share)
     trainer = Trainer(net, process, data, o['global_batch_size'], steps, o['global_seed'], o['lr'], o['warmup'], o['lr_schedule'],
         o['weight_decay'], o['beta2'], o['grad_clip'], o['ema_decay'], o['ema_warmup'], o['flip'], device,
-        o['accumulate'], wrap, make_scaler(o['mixed_precision'], device))
+        o['accumulate'], wrap, make_scaler(o['mixed_precision'], device), comm)
     trainer.busy = utilisation_of(net, o, device)
     return trainer
 
@@ -428,8 +430,9 @@ def remarks(o, # all options, choices made
     from mixmix_nb.speed import slow_precision
     slow = slow_precision(o['mixed_precision'], device)
     kind = dict(stored, device_type=stored.get('device_type', device.type)) if stored else {}
-    changed = [flag(k) for k in ('mixed_precision','compile','accumulate','grad_checkpoint','batch_size') if k in kind and kind[k]!=o[k]]
+    changed = [flag(k) for k in ('mixed_precision','compile','accumulate','grad_checkpoint') if k in kind and kind[k]!=o[k]]
     if kind and kind['device_type']!=device.type: changed.append('the kind of device')
+    if kind and kind.get('processes', 1)!=world_size(): changed.append(f'{world_size()} processes, not {kind.get("processes", 1)}')
     exact = f'resumed with other choices ({", ".join(changed)}): right, but no longer the same to the last bit' if changed else None
     return [l for l in (slow, exact) if l]
 
@@ -446,6 +449,7 @@ def results_of(given, # options that the user gave
 def plan(given, # options that the user gave
          run=None, # the `Run` to go on with
          ckpt=None, # the checkpoint to go on from
+         comm=None, # the processes of the run; None: this one alone
         ): # all options, the `Trainer`, the validation set or None
     "All that can be refused is refused here; nothing is written."
     stored = ckpt['args'] if ckpt else read_config(run.path)['args'] if run else {}
@@ -460,10 +464,10 @@ def plan(given, # options that the user gave
     net, process = build_model(o), build_process(o)
     check_steps(process, o['sample_steps'], 'sample_steps')
     train_set, val = prepare_data(o, device, data)
-    trainer = make_trainer(o, net, process, train_set, device)
+    trainer = make_trainer(o, net, process, train_set, device, comm)
     check_results(o['results_dir'], trainer.checkpoint_bytes())
     if ckpt: trainer.load_state_dict(ckpt, given['resume'])
-    o['remarks'], o['device_type'] = remarks(o, stored, device), device.type
+    o['remarks'], o['device_type'], o['processes'] = remarks(o, stored, device), device.type, world_size()
     return o | dict(data_path=place(o['data_path'])), trainer, val
 
 # %% ../nbs/12_train.ipynb #bd370296
@@ -475,6 +479,7 @@ def begin(run, # a `Run`
     from mixmix_nb.models import num_params
     from mixmix_nb.training import write_whole
     said = o.pop('remarks', ())
+    if rank(): return
     config = dict(args=o, versions=versions(), job=os.environ.get('SLURM_JOB_ID'))
     write_whole(run.path/'config.json', lambda f: f.write(json.dumps(config, indent=1).encode()))
     classes = f'{o["num_classes"]} classes' if o['num_classes'] else 'without classes'
@@ -487,7 +492,7 @@ def how(o, # dict of options
        ): # the rest of a sentence
     "Choices that are not the plain ones."
     parts = [f'in {o["accumulate"]} parts' if o['accumulate']>1 else '', f'in {o["mixed_precision"]}' if o['mixed_precision']!='no' else '',
-             'compiled' if o['compile']=='on' else '', 'blocks computed twice' if o['grad_checkpoint'] else '', f'latents of {o["vae"]}' if o['vae']!='none' else '']
+             f'{world_size()} processes' if world_size()>1 else '', 'compiled' if o['compile']=='on' else '', 'blocks computed twice' if o['grad_checkpoint'] else '', f'latents of {o["vae"]}' if o['vae']!='none' else '']
     return ''.join(f', {p}' for p in parts if p)
 
 # %% ../nbs/12_train.ipynb #9b37b703
@@ -523,17 +528,25 @@ def memory_advice(trainer, # a `Trainer`
 # %% ../nbs/12_train.ipynb #d069922f
 def launch(given, # options that the user gave, each of its type
           ): # the run's folder
-    "`train` with the options in a dict: all checks, then the folder, then the loop."
+    "`train` with the options in a dict, on all processes that torchrun has started, or on this one."
+    if world_size()==1: return launch_on(None, given)
+    from mixmix_nb.distributed import as_one, start
+    comm = start(given.get('device', DEFAULTS['device']))
+    with as_one(comm): return launch_on(comm, given)
+
+def launch_on(comm, # the processes of the run; None: this one alone
+              given, # options that the user gave, each of its type
+             ): # the run's folder
+    "All checks, then the folder, then the loop."
     check_options(given)
     check(not {'steps','epochs'}<=given.keys(), 'give --steps or --epochs, not both')
-    check(world_size()==1, 'training on several processes is yet to come; start one, without torchrun')
-    run, ckpt = open_run(given)
+    run, ckpt = open_together(comm, given)
     try:
-        o, trainer, val = plan(given, run, ckpt)
+        o, trainer, val = plan(given, run, ckpt, comm)
         done, total = trainer.step_no, trainer.steps
         check(done<=total, f'the checkpoint stands at step {done}, past the {total} steps asked for; give more --steps, or start a new run without --resume')
         if ckpt and done==total: return nothing_to_do(run.path if run else given['resume'], done)
-        run = run or hold_new(o)
+        run = run or hold_new(o, comm)
         begin(run, o, trainer)
         with memory_advice(trainer): run_loop(trainer, run, o, val)
         return run.path
@@ -541,19 +554,37 @@ def launch(given, # options that the user gave, each of its type
         if run: run.unlock()
 
 # %% ../nbs/12_train.ipynb #fe631525
+def open_together(comm, # the processes of the run; None: this one alone
+                  given, # options that the user gave
+                 ): # a locked `Run` or None, the checkpoint or None
+    "`open_run` by the first process; the others read the checkpoint that it has chosen."
+    if comm is None: run, _, ckpt = open_run(given); return run, ckpt
+    from mixmix_nb.distributed import OtherRank
+    from mixmix_nb.training import read_checkpoint
+    mine = []
+    def choose():
+        mine.extend(open_run(given))
+        return [mine[0] and str(mine[0].path), mine[1] and str(mine[1])]
+    path, file = comm.first(choose)
+    if mine: return mine[0], mine[2]
+    return path and OtherRank(path), file and read_checkpoint(file)
+
 def hold_new(o, # dict of options
+             comm=None, # the processes of the run; None: this one alone
             ): # a locked `Run`
     "A new folder for a run, ours from the start."
     from mixmix_nb.training import new_run
-    run = new_run(o['results_dir'], o['model'])
-    run.lock()
-    return run
+    run = None
+    if rank()==0: run = new_run(o['results_dir'], o['model']); run.lock()
+    if comm is None: return run
+    from mixmix_nb.distributed import share_run
+    return share_run(comm, run)
 
 def nothing_to_do(path, # the run's folder, or the checkpoint
                   step, # steps done
                  ): # the same path
     "Say that a run has finished; nothing is written."
-    print(f'{path}: nothing to do, all {step} steps are done')
+    if rank()==0: print(f'{path}: nothing to do, all {step} steps are done')
     return Path(path)
 
 def decoder(trainer, # a `Trainer`
@@ -593,7 +624,7 @@ def run_loop(trainer, # a `Trainer`
     "Train to the end, or to a signal."
     preview = dict(n=o['num_sample_images'], steps=o['sample_steps'], cfg_scale=o['cfg_scale'], sampler=o['sampler']) | decoder(trainer, run, o)
     if names := preview_names(o): run.log(names)
-    run.trackers = trackers(run, o)
+    if rank()==0: run.trackers = trackers(run, o)
     done = trainer.fit(run, o, val, o['ckpt_every'], o['ckpt_minutes'], o['keep_ckpts'], o['log_every'], o['num_workers'], preview)
     if done: run.log(f'done: {run.samples/"final.png" if o["num_sample_images"] else run.ckpts/"final.pt"}')
 
