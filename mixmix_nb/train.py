@@ -432,7 +432,7 @@ def remarks(o, # all options, choices made
     kind = dict(stored, device_type=stored.get('device_type', device.type)) if stored else {}
     changed = [flag(k) for k in ('mixed_precision','compile','accumulate','grad_checkpoint') if k in kind and kind[k]!=o[k]]
     if kind and kind['device_type']!=device.type: changed.append('the kind of device')
-    if kind and kind.get('processes', 1)!=world_size(): changed.append(f'{world_size()} processes, not {kind.get("processes", 1)}')
+    if kind and kind.get('processes', 1)!=world_size(): changed.append(f'{kind.get("processes", 1)} → {world_size()} processes')
     exact = f'resumed with other choices ({", ".join(changed)}): right, but no longer the same to the last bit' if changed else None
     return [l for l in (slow, exact) if l]
 
