@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Processes', 'OtherRank', 'share_run', 'from_first', 'device_of', 'note_signals', 'start', 'lost_peer', 'as_one']
 
-# %% ../nbs/11_distributed.ipynb #a71712d7
+# %% ../nbs/11_distributed.ipynb #b2c35699
 import inspect, json, os, signal, sys, threading, time, traceback
 from collections import deque
 from contextlib import contextmanager, nullcontext
@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from .core import UserError, RunError, Log, clear_line, get_device, world_size
 from .training import OneProcess, Run
 
-# %% ../nbs/11_distributed.ipynb #20cd5711
+# %% ../nbs/11_distributed.ipynb #36dd32b1
 class Processes(OneProcess):
     "The processes of a run: what they add up, agree on and tell each other. Has all that `OneProcess` has."
     def __init__(self, store, # keys and values that all processes reach, off the device; e.g. a `TCPStore`
@@ -31,7 +31,7 @@ class Processes(OneProcess):
         self.net, self.marks, self.stop_at, self.told, self.noted = None, deque(), None, 0, []
         self.over, self.lock, self.thread = threading.Event(), threading.Lock(), None
 
-# %% ../nbs/11_distributed.ipynb #ef8d35b5
+# %% ../nbs/11_distributed.ipynb #f86c56f6
 @patch
 def wrap(self:Processes, model, # what the trainer calls
         ): # a module that shares its gradients, of the same weights
@@ -47,7 +47,7 @@ def part(self:Processes, last): # a context
     "Entered for each part of a step; gradients are shared in the last one only."
     return nullcontext() if last else self.net.no_sync()
 
-# %% ../nbs/11_distributed.ipynb #55682a2e
+# %% ../nbs/11_distributed.ipynb #e0d17017
 @patch
 def total(self:Processes, x): # a tensor
     "The sum of a tensor over all processes, on the device."
@@ -67,7 +67,7 @@ def all_names(self:Processes, names): # a list
     dist.all_gather_object(lists, list(names))
     return sorted(set().union(*lists))
 
-# %% ../nbs/11_distributed.ipynb #d207d0e0
+# %% ../nbs/11_distributed.ipynb #ea60f44c
 @patch
 def wait_for(self:Processes, ready, # a function: True or False
             ):
@@ -96,7 +96,7 @@ def finish(self:Processes):
     if self.thread: self.thread.join()
     if dist.is_initialized(): dist.destroy_process_group()
 
-# %% ../nbs/11_distributed.ipynb #d7eb61c5
+# %% ../nbs/11_distributed.ipynb #68d1eed5
 class OtherRank(Run):
     "The run as ranks above 0 see it: the same folder, in which they write nothing, and nothing is said."
     def __init__(self, path, # the folder
@@ -128,7 +128,7 @@ def from_first(comm, # from `start`
     "Do something once for all processes."
     return make() if comm.world==1 else comm.first(make)
 
-# %% ../nbs/11_distributed.ipynb #a4f4a846
+# %% ../nbs/11_distributed.ipynb #2d8e1766
 def device_of(name, # as for `get_device`
              ): # a torch.device
     "The device of this process. Raises `UserError` where this machine has fewer devices than processes, in one of them; the others leave."
@@ -142,7 +142,7 @@ def device_of(name, # as for `get_device`
         if int(os.environ.get('LOCAL_RANK', 0)): sys.exit(UserError.status)
         raise
 
-# %% ../nbs/11_distributed.ipynb #f9aa4b5f
+# %% ../nbs/11_distributed.ipynb #757c2667
 def note_signals(): # a list, to which the numbers of SIGTERM and SIGUSR1 will be added
     "From now on keep in mind what would end this process, until there is a `StopSignal` to take it."
     noted = []
@@ -152,7 +152,7 @@ def note_signals(): # a list, to which the numbers of SIGTERM and SIGUSR1 will b
         except ValueError: pass                                         # not in the main thread
     return noted
 
-# %% ../nbs/11_distributed.ipynb #03da0af8
+# %% ../nbs/11_distributed.ipynb #149a9b00
 def start(device='auto', # as for `get_device`
           timeout=None, # seconds that a collective may take; MIXMIX_TIMEOUT, or 600, when not given
          ): # a `OneProcess`, or the `Processes` that torchrun has started
@@ -172,7 +172,7 @@ def start(device='auto', # as for `get_device`
     comm.watch()
     return comm
 
-# %% ../nbs/11_distributed.ipynb #45b12d58
+# %% ../nbs/11_distributed.ipynb #c06db207
 @patch
 def keep_back(self:Processes):
     "Wait until the device has finished all steps but the last `ahead` that Python has asked for."
@@ -193,7 +193,7 @@ def stop(self:Processes, step, # steps done
         if self.store.check(['stop']): self.stop_at = int(self.store.get('stop'))
     return self.stop_at is not None and step>=self.stop_at
 
-# %% ../nbs/11_distributed.ipynb #3562fd27
+# %% ../nbs/11_distributed.ipynb #a1f071d8
 @patch
 def quit(self:Processes, status, # exit status where nobody has said another
          text, # a line
@@ -209,7 +209,7 @@ def quit(self:Processes, status, # exit status where nobody has said another
             except (OSError, ValueError): pass
         os._exit(json.loads(why)[1])                                    # not sys.exit: a group that is broken may hang at the end
 
-# %% ../nbs/11_distributed.ipynb #9ca79e0a
+# %% ../nbs/11_distributed.ipynb #008b659e
 def lost_peer(e): # True or False
     "Does an exception tell that processes have lost each other?"
     words = ('gloo', 'nccl', 'connection closed', 'connection reset', 'broken pipe', 'timed out')
@@ -232,7 +232,7 @@ def what_happened(self:Processes, e): # a line
     if 'timed out' in str(e).lower(): return f'the processes have waited {self.timeout:g} s for each other in vain (MIXMIX_TIMEOUT); nothing was written'
     return f'the processes have lost each other ({(str(e).splitlines() or [""])[0][:120]}); nothing was written'
 
-# %% ../nbs/11_distributed.ipynb #cfa46394
+# %% ../nbs/11_distributed.ipynb #142986c2
 @patch
 def keep_watch(self:Processes):
     "Twice a second, until the run is over: say that this process lives, and look whether the next one does."
@@ -256,7 +256,7 @@ def watch(self:Processes):
     self.thread = threading.Thread(target=self.keep_watch, daemon=True)
     self.thread.start()
 
-# %% ../nbs/11_distributed.ipynb #20b02939
+# %% ../nbs/11_distributed.ipynb #11eeb8eb
 @patch
 def leave(self:Processes, e): # does not return
     "End this process because of an exception, and the others with it."
