@@ -64,6 +64,11 @@ def test_one_is_killed(tmp_path):
     assert r.returncode==1 and len(lines(r))==1 and 'rank 1 is gone' in lines(r)[0], r.stderr[-3000:]
     assert not [*tmp_path.rglob('*.pt')], 'a survivor wrote a checkpoint'
 
+def test_one_is_silent(tmp_path):
+    "The watch ends a process that would otherwise wait, in no collective that could fail."
+    r = together(2, tmp_path, 'freeze', MIXMIX_TIMEOUT='4')
+    assert r.returncode==1 and len(lines(r))==1 and 'rank 1 is gone: not a word' in lines(r)[0], r.stderr[-3000:]
+
 @pytest.mark.parametrize('task, text', [('refuse', 'this cannot be'), ('fail', 'rank 1 failed: KeyError')])
 def test_one_line_for_all(tmp_path, task, text):
     r = together(2, tmp_path, task, MIXMIX_TIMEOUT='20')
