@@ -658,7 +658,7 @@ def train_command(out, # --output-dir as given
                  ): # a line for the shell
     "The training command to type next."
     path = f'{str(out).rstrip("/")}/imagefolder/{split}'
-    return f'python -m mixmix_nb.train --data-path {shlex.quote(path)} --num-classes {classes} --model DiT-S/4 --batch-size 16'
+    return f'python -m mixmix_nb.train --data-path {shlex.quote(path)} --num-classes {classes} --model DiT-S/4 --batch-size 16 --mixed-precision --cache-latents'
 
 def make_folder(path): # a `Path`, there
     "The output folder. Raises `UserError` where it cannot be made or written to."
@@ -732,10 +732,7 @@ def tell(done, # {split: dict of counts}
 def main(argv=None, # the arguments; those of the process when not given
         ): # {split: dict of counts}
     "The command line of `prepare`."
-    try: return run_command(prepare, argv, DEFAULTS, 'python -m mixmix_nb.coco')
-    except KeyboardInterrupt:
-        print('mixmix_nb: stopped; start the same command again to go on', file=sys.stderr)
-        sys.exit(130)
+    return run_command(prepare, argv, DEFAULTS, 'python -m mixmix_nb.coco', 'stopped; start the same command again to go on')
 
 # %% ../nbs/14_coco.ipynb #ddab0a91
 #| eval: false

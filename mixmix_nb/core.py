@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['BLOCK', 'Draws', 'UserError', 'RunError', 'rank', 'world_size', 'get_device', 'best_dtype', 'seed_of', 'generator',
            'draw_block', 'draws', 'to_uint8', 'make_grid', 'show_images', 'in_notebook', 'at_terminal', 'clear_line',
-           'Log', 'progress', 'Parser', 'on_off', 'parser', 'run_command']
+           'Log', 'progress', 'flush_folder', 'write_whole', 'Parser', 'on_off', 'parser', 'run_command']
 
 # %% ../nbs/00_core.ipynb #ce1cdeef
-import argparse, difflib, hashlib, inspect, operator, os, sys, time
+import argparse, difflib, errno, hashlib, inspect, operator, os, sys, time
 from collections import namedtuple
+from pathlib import Path
 from fastcore.docments import docments
 
 # %% ../nbs/00_core.ipynb #c73e5229
@@ -198,6 +199,28 @@ def progress(it, # anything to loop over
     from fastprogress import progress_bar
     return _drive(progress_bar(range(total), leave=leave), it, total, leave)
 
+# %% ../nbs/00_core.ipynb #8eead5da
+def flush_folder(folder):
+    "Make a rename in `folder` last through a power failure, where the file system knows how."
+    if os.name!='posix': return
+    d = os.open(folder, os.O_RDONLY)
+    try: os.fsync(d)
+    except OSError as e:
+        if e.errno not in (errno.EINVAL, errno.ENOTSUP): raise
+    finally: os.close(d)
+
+def write_whole(path, # where to; folders on the way are made
+                write, # a function that writes into an open binary file
+               ):
+    "A file that is whole or absent: written beside, flushed, renamed, the folder flushed. Raises what `write` raises."
+    path = Path(path); tmp = path.with_name(path.name+'.tmp')
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with open(tmp, 'wb') as f: write(f); f.flush(); os.fsync(f.fileno())
+        os.replace(tmp, path)
+    except BaseException: tmp.unlink(missing_ok=True); raise
+    flush_folder(path.parent)
+
 # %% ../nbs/00_core.ipynb #7dc28d06
 class Parser(argparse.ArgumentParser):
     "An `ArgumentParser` that raises `UserError` instead of leaving, and suggests the option that was meant."
@@ -245,10 +268,13 @@ def run_command(f, # a function made for `parser`
                 argv=None, # the arguments; those of the process when not given
                 defaults={}, # values to show in the help
                 prog=None, # the command, as typed
+                stopped=None, # what to say after Ctrl-C; None: let the `KeyboardInterrupt` go on
                ): # what `f` returns
-    "Call `f` with the options in `argv`; a `UserError` becomes one line on stderr and its exit status."
+    "Call `f` with the options in `argv`; a `UserError` becomes one line on stderr and its exit status, Ctrl-C one line and 130."
+    def leave(line, status): print(f'{clear_line(sys.stderr)}mixmix_nb: {line}', file=sys.stderr); sys.exit(status)
     if hasattr(sys.stdout, 'reconfigure'): sys.stdout.reconfigure(errors='replace')
     try: return f(**vars(parser(f, defaults, prog).parse_args(argv)))
-    except UserError as e:
-        print(f'{clear_line(sys.stderr)}mixmix_nb: {" ".join(str(e).split())}', file=sys.stderr)
-        sys.exit(e.status)
+    except UserError as e: leave(' '.join(str(e).split()), e.status)
+    except KeyboardInterrupt:
+        if stopped is None: raise
+        leave(stopped, 130)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MATTERS', 'HUB', 'WEIGHTS', 'WAYS_OUT', 'KINDS', 'FORMAT', 'SAME', 'DEFAULTS', 'VAE', 'hub_answers', 'fetch_vae',
-           'vae_folder', 'quiet', 'read_vae', 'load_vae', 'latent_bytes', 'room', 'shard_parts', 'write_whole',
+           'vae_folder', 'quiet', 'read_vae', 'load_vae', 'latent_bytes', 'room', 'shard_parts', 'write_parts',
            'read_head', 'map_shard', 'plan_cache', 'why_other', 'read_plan', 'is_cache', 'shards_of', 'shard_path',
            'plan_digits', 'shard_fault', 'crc_of', 'Timed', 'collate_timed', 'picture_batches', 'Rates', 'clock',
            'encode_shard', 'wait_for', 'claimed', 'check_match', 'check_space', 'todo_of', 'finish', 'file_lines',
@@ -224,21 +224,13 @@ def shard_parts(tensors, # dict of fp16 and int64 tensors on the CPU
     return [struct.pack('<Q', len(text)), text, *data]
 
 # %% ../nbs/02_latents.ipynb #7f402b88
-def write_whole(path, # where to, a `Path`
+def write_parts(path, # where to, a `Path`
                 parts, # bytes and buffers
                ):
-    "A file that is whole or absent: written beside, flushed, renamed, the folder flushed."
-    tmp = path.with_name(path.name+'.tmp')
-    with open(tmp, 'wb') as f:
+    "A file made of parts, whole or absent."
+    def write(f):
         for p in parts: f.write(p)
-        f.flush(); os.fsync(f.fileno())
-    os.replace(tmp, path)
-    if os.name!='posix': return
-    d = os.open(path.parent, os.O_RDONLY)
-    try: os.fsync(d)
-    except OSError as e:
-        if e.errno not in (errno.EINVAL, errno.ENOTSUP): raise
-    finally: os.close(d)
+    write_whole(path, write)
 
 # %% ../nbs/02_latents.ipynb #31cf71cc
 def read_head(path, # a shard, a `Path`
@@ -488,9 +480,9 @@ def finish(folder, # of the cache, a `Path`
     "All shards are there: the list of bad files, then `cache.json`, the last to be written."
     heads = [read_head(shard_path(folder, k)) for k in range(shards_of(plan))]
     bad = dict.fromkeys(f for h,_,_ in heads for f in json.loads(h['__metadata__']['bad']))
-    if bad: write_whole(folder/'bad_files.txt', [''.join(json.dumps(f)[1:-1]+'\n' for f in bad).encode()])
+    if bad: write_parts(folder/'bad_files.txt', [''.join(json.dumps(f)[1:-1]+'\n' for f in bad).encode()])
     shards = [dict(bytes=size, sum=h['__metadata__']['sum']) for h,_,size in heads]
-    write_whole(folder/'cache.json', [(json.dumps(plan | dict(bad_files=len(bad), shards=shards), indent=1)+'\n').encode()])
+    write_parts(folder/'cache.json', [(json.dumps(plan | dict(bad_files=len(bad), shards=shards), indent=1)+'\n').encode()])
     (folder/'plan.json').unlink(missing_ok=True)
     for f in folder.glob('*.tmp'): f.unlink(missing_ok=True)
 
@@ -517,7 +509,7 @@ def make_shards(data, # a `FolderData` or `MemoryData`
     rates, said = Rates(workers), -math.inf
     for k in todo:
         tensors, bad = encode_shard(vae, islice(it, len(ranges[k])), plan, rates)
-        write_whole(shard_path(folder, k), shard_parts(tensors, dict(plan=plan_digits(plan), bad=json.dumps([relative(f) for f in bad]))))
+        write_parts(shard_path(folder, k), shard_parts(tensors, dict(plan=plan_digits(plan), bad=json.dumps([relative(f) for f in bad]))))
         if rank()==0 and (time.monotonic()-said>30 or k==todo[-1]):
             Log()(f'{rates.n:7,} of {total:,}{" for this process" if world_size()>1 else ""}: {rates.text(total-rates.n)}'); said = time.monotonic()
 
@@ -534,8 +526,8 @@ def begin(folder, # of the cache, a `Path`
          ):
     "By the first process: the folder, the names of the files, the plan; what said that the cache was complete goes."
     if not (folder/'plan.json').exists():
-        if names := file_lines(data): write_whole(folder/'files.txt', [names])
-        write_whole(folder/'plan.json', [(json.dumps(plan, indent=1)+'\n').encode()])
+        if names := file_lines(data): write_parts(folder/'files.txt', [names])
+        write_parts(folder/'plan.json', [(json.dumps(plan, indent=1)+'\n').encode()])
     (folder/'cache.json').unlink(missing_ok=True)
 
 def lead(data, # a `FolderData` or `MemoryData`
@@ -850,10 +842,7 @@ def tell(folder, # of the cache, a `Path`
 def main(argv=None, # the arguments; those of the process when not given
         ): # the folder
     "The command line of `make_cache`."
-    try: return run_command(make_cache, argv, DEFAULTS, 'python -m mixmix_nb.latents')
-    except KeyboardInterrupt:
-        print('mixmix_nb: stopped; start the same command again to go on', file=sys.stderr)
-        sys.exit(130)
+    return run_command(make_cache, argv, DEFAULTS, 'python -m mixmix_nb.latents', 'stopped; start the same command again to go on')
 
 # %% ../nbs/02_latents.ipynb #3a48a44e
 #| eval: false

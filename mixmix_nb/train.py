@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['DEFAULTS', 'RECIPES', 'KINDS', 'AT_LEAST', 'BELOW_ONE', 'ONE_OF', 'FREE', 'merge', 'resolve', 'check', 'flag',
-           'as_type', 'check_options', 'check_vae', 'check_classes', 'open_set', 'prepare_data', 'build_model',
-           'build_process', 'check_steps', 'check_results', 'versions', 'differs', 'check_same', 'place', 'check_data',
-           'read_config', 'same_data', 'agrees', 'find_run', 'newest_checkpoint', 'run_folder', 'read_resumable',
-           'open_run', 'make_trainer', 'results_of', 'plan', 'begin', 'batch_that_fits', 'memory_of', 'memory_advice',
-           'launch', 'hold_new', 'nothing_to_do', 'run_loop', 'train', 'main', 'synonyms']
+           'as_type', 'check_options', 'whole_batch', 'settle_batch', 'choose_vae', 'check_classes', 'open_latents',
+           'open_pictures', 'open_set', 'cached', 'prepare_data', 'build_model', 'build_process', 'check_steps',
+           'check_results', 'versions', 'differs', 'check_same', 'place', 'check_data', 'read_config', 'same_data',
+           'agrees', 'find_run', 'newest_checkpoint', 'run_folder', 'read_resumable', 'open_run', 'check_trackers',
+           'numbers', 'trackers', 'make_trainer', 'utilisation_of', 'remarks', 'results_of', 'plan', 'begin', 'how',
+           'batch_that_fits', 'memory_of', 'memory_advice', 'launch', 'launch_on', 'open_together', 'hold_new',
+           'nothing_to_do', 'decoder', 'class_words', 'preview_names', 'run_loop', 'train', 'main', 'synonyms']
 
 # %% ../nbs/12_train.ipynb #095c1b48
 import json, math, os, shutil, subprocess, sys
@@ -20,7 +22,8 @@ from .core import *
 DEFAULTS = dict(data_path='digits', model='DiT-S/4', batch_size=16, epochs=100, lr=1e-4, warmup=0, lr_schedule='constant', weight_decay=0.,
     beta2=.999, grad_clip=0., class_dropout_prob=.1, ema_decay=.9999, ema_warmup=True, prediction='eps', schedule='linear', mixer='attention',
     val_fraction=0., ckpt_every=10000, ckpt_minutes=0., keep_ckpts=0, log_every=100, sample_steps='250', sampler='ddpm', cfg_scale=4.,
-    num_sample_images=16, results_dir='results', num_workers=4, global_seed=0, device='auto')
+    num_sample_images=16, results_dir='results', num_workers=4, global_seed=0, device='auto', accumulate=1, mixed_precision='no', compile='auto',
+    grad_checkpoint=False, cache_latents=False, tensorboard=False, wandb=False)
 
 # %% ../nbs/12_train.ipynb #e4906d54
 RECIPES = {'digits': dict(model='DiT-N/2', batch_size=32, steps=2400, lr=2e-3, warmup=50, lr_schedule='cosine', ema_decay=.995, prediction='v',
@@ -71,10 +74,11 @@ def as_type(name, # of the option
     return x
 
 # %% ../nbs/12_train.ipynb #70b79f11
-AT_LEAST = dict(batch_size=1, epochs=1, steps=1, log_every=1, ckpt_every=1, image_size=1, num_classes=0, warmup=0, weight_decay=0, grad_clip=0,
+AT_LEAST = dict(batch_size=1, global_batch_size=1, accumulate=1, epochs=1, steps=1, log_every=1, ckpt_every=1, image_size=1, num_classes=0, warmup=0, weight_decay=0, grad_clip=0,
                 ckpt_minutes=0, keep_ckpts=0, num_workers=0, num_sample_images=0, cfg_scale=0)
 BELOW_ONE = ('class_dropout_prob', 'ema_decay', 'val_fraction', 'beta2')
-ONE_OF = dict(prediction=('eps','x0','v'), schedule=('linear','cosine'), sampler=('ddpm','ddim'), lr_schedule=('constant','cosine'))
+ONE_OF = dict(prediction=('eps','x0','v'), schedule=('linear','cosine'), sampler=('ddpm','ddim'), lr_schedule=('constant','cosine'),
+    mixed_precision=('no','bf16','fp16','best'), compile=('auto','on','off'))
 
 def check_options(o, # dict of options, each of its type
                  ):
@@ -86,13 +90,30 @@ def check_options(o, # dict of options, each of its type
     for k,v in has(['lr']): check(v>0, f'{flag(k)} must be positive, got {v}')
 
 # %% ../nbs/12_train.ipynb #87164836
-def check_vae(o, # dict of options; `image_size` may be missing still
-             ):
-    "Refuse what would need latents, which come next."
-    size = o.get('image_size') or 0
-    vae = o.get('vae') or ('none' if size<128 else 'ema')
-    what = f'images of {size} pixels' if 'vae' not in o else f'--vae {vae}'
-    check(vae=='none', f'{what}: latents come next; until then train on pixels with --vae none, or on small images with --image-size 64')
+def whole_batch(o, # dict of options
+               ): # images a step, of all processes
+    "The global batch that options name."
+    return o.get('global_batch_size') or o['batch_size']*world_size()
+
+def settle_batch(o, # all options; `batch_size` and `global_batch_size` are filled in
+                 given, # options that the user gave
+                 stored, # options of the checkpoint, on resume
+                ):
+    "One pair of numbers from what was given, stored or a default. Raises `UserError` where they do not divide."
+    n, whole = world_size(), given.get('global_batch_size')
+    if not whole: whole = given['batch_size']*n if 'batch_size' in given else whole_batch(stored) if stored else o['batch_size']*n
+    check(whole%n==0, f'--global-batch-size {whole} does not divide among {n} processes')
+    check(given.get('batch_size', whole//n)==whole//n, f'--batch-size {given.get("batch_size")} of {n} process(es) is not --global-batch-size {whole}; give one of them')
+    o.update(global_batch_size=whole, batch_size=whole//n)
+    check(whole//n%o['accumulate']==0, f'--batch-size {whole//n} does not divide into --accumulate {o["accumulate"]} parts')
+
+# %% ../nbs/12_train.ipynb #1bb93208
+def choose_vae(o, # dict of options, `image_size` among them
+              ): # `none`, or the name of an autoencoder
+    "Pixels or latents: what was asked for, else latents from 128 pixels on."
+    vae = o.get('vae') or ('none' if o['image_size']<128 else 'ema')
+    check(vae!='none' or not o.get('cache_latents'), f'--cache-latents needs an autoencoder: images of {o["image_size"]} pixels are trained as pixels; name one with --vae')
+    return vae
 
 def check_classes(o, # dict of options
                   counted, # classes in the data; 0: a flat folder
@@ -103,33 +124,69 @@ def check_classes(o, # dict of options
           'put each class in a folder of its own, or leave --num-classes away to train without classes')
     check(k==0 or counted<=k, f'the data has {counted} classes, more than --num-classes {k}; leave it away to have them counted')
 
-# %% ../nbs/12_train.ipynb #19cca6c4
-def open_set(o, # dict of options; what the data decides is filled in
-            ): # a `MemoryData` or a `FolderData`, nothing decoded yet
-    "Open the set that the options name. Raises `UserError` where it is not there or does not fit them."
+# %% ../nbs/12_train.ipynb #a0cc4253
+def open_latents(o, # dict of options
+                ): # a `LatentData`
+    "Open a cache of latents. Raises `UserError` where the options are not those it was made with."
+    from mixmix_nb.latents import open_cache
+    data = open_cache(o['data_path']); meta = data.meta
+    check(o.get('image_size', meta['image_size'])==meta['image_size'], f'--image-size {o.get("image_size")}, but the latents in {o["data_path"]} are of images of {meta["image_size"]} pixels; leave it away')
+    vae = o.get('vae') or meta['vae']
+    here = str(Path(vae).expanduser().resolve()) if Path(vae).expanduser().is_dir() else vae
+    check(meta['vae'] in (vae, here), f'--vae {o.get("vae")}, but the latents in {o["data_path"]} were made with {meta["vae"]}; leave --vae away')
+    check(data.flip or not o.get('flip'), f'the latents in {o["data_path"]} have no mirror images; leave --flip away, or encode again')
+    o.update(image_size=meta['image_size'], vae=meta['vae'], pictures=meta['data_fingerprint'])
+    return data
+
+def open_pictures(o, # dict of options
+                  device, # where an autoencoder computes
+                 ): # a `MemoryData` or a `FolderData`, in an `EncodedData` where an autoencoder is wanted
+    "Open a folder or a named set; nothing is decoded yet."
     from mixmix_nb.data import NAMED, open_data
-    if o['data_path'] in NAMED: check_vae(o)                    # before a set is enlarged in memory
-    else: o.setdefault('image_size', 256)
+    if o['data_path'] not in NAMED: o.setdefault('image_size', 256)
     data = open_data(o['data_path'], o.get('image_size'))
-    o['image_size'] = data.shape[1]
-    check_vae(o); o['vae'] = 'none'
+    o.update(image_size=data.shape[1], pictures=data.fingerprint())
+    o['vae'] = choose_vae(o)
+    if o['vae']=='none': return data
+    from mixmix_nb.latents import EncodedData, load_vae
+    vae = load_vae(o['vae'], device); o['vae'] = str(vae.name)
+    return EncodedData(data, vae)
+
+def open_set(o, # dict of options; what the data decides is filled in
+             device='cpu', # where an autoencoder computes
+            ): # a set, nothing decoded yet
+    "Open the set that the options name. Raises `UserError` where it is not there or does not fit them."
+    from mixmix_nb.latents import is_cache
+    data = open_latents(o) if is_cache(o['data_path']) else open_pictures(o, device)
     o.setdefault('num_classes', data.num_classes)
     check_classes(o, data.num_classes)
     o.setdefault('flip', data.flip)
-    o.update(channels=data.shape[0], fingerprint=data.fingerprint(), classes=data.classes if o['num_classes'] else None)
+    o.update(channels=data.shape[0], input_size=data.shape[1], fingerprint=data.fingerprint(), classes=data.classes if o['num_classes'] else None)
     return data
 
-# %% ../nbs/12_train.ipynb #7c1bdc68
+# %% ../nbs/12_train.ipynb #6f425fa6
+def cached(data, # an `EncodedData`
+           o, # dict of options
+          ): # a `LatentData`
+    "The latents of a set from the cache, made now where they are not there. Raises `UserError` where there is no room."
+    from mixmix_nb.data import cache_dir
+    from mixmix_nb.latents import encode, open_cache
+    name = f'{Path(o["data_path"]).name}-{o["image_size"]}-{data.fingerprint()}' + ('' if o['flip'] else '-noflip')
+    return open_cache(encode(data.data, data.vae, cache_dir()/'latents'/name, o['flip']))
+
 def prepare_data(o, # dict of options
                  device, # a torch.device
                  data=None, # the set, where `open_set` was called already
                 ): # training set, validation set or None
     "Open the set, hold a part out, and put what is small on the device."
     from mixmix_nb.data import split, keep_in_memory
-    data = open_set(o) if data is None else data
+    from mixmix_nb.latents import EncodedData, LatentData, keep_latents
+    data = open_set(o, device) if data is None else data
+    if o['cache_latents'] and isinstance(data, EncodedData): data = cached(data, o)
     train, val = split(data, o['val_fraction'], o['global_seed'])
     check(len(train), f'--val-fraction {o["val_fraction"]} of {len(data)} images leaves none to train on')
-    return keep_in_memory(train, device), val and keep_in_memory(val, device)
+    keep = keep_latents if isinstance(data, (EncodedData, LatentData)) else keep_in_memory
+    return keep(train, device), val and keep(val, device)
 
 # %% ../nbs/12_train.ipynb #8beed5a8
 def build_model(o, # dict of options
@@ -140,7 +197,7 @@ def build_model(o, # dict of options
     check(o['model'] in DiT_models, f'unknown --model {o["model"]}; there are: {", ".join(DiT_models)}')
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(o['global_seed'], 'init'))
-        try: return DiT_models[o['model']](input_size=o['image_size'], in_channels=o['channels'], num_classes=o['num_classes'],
+        try: return DiT_models[o['model']](input_size=o.get('input_size', o['image_size']), in_channels=o['channels'], num_classes=o['num_classes'],
                  learn_sigma=o['learn_sigma'], class_dropout_prob=o['class_dropout_prob'], mixer=o['mixer'])
         except ValueError as e: raise UserError(str(e)) from None
 
@@ -183,14 +240,16 @@ def versions(): # dict
 
 # %% ../nbs/12_train.ipynb #13a58a33
 FREE = {'steps','epochs','num_workers','log_every','ckpt_every','ckpt_minutes','keep_ckpts','sample_steps','sampler','cfg_scale',
-        'num_sample_images','results_dir','resume','device','data_path'}
+        'num_sample_images','results_dir','resume','device','data_path','accumulate','mixed_precision','compile','grad_checkpoint','cache_latents',
+        'tensorboard','wandb'}
 
 def differs(given, # options that the user gave
             stored, # options of the run
            ): # names
     "Options that must not change on resume, and do."
     base = DEFAULTS | stored
-    return [k for k,v in given.items() if k not in FREE and k in base and v!=base[k]]
+    now = dict(batch_size=lambda v: v*world_size()!=whole_batch(base), global_batch_size=lambda v: v!=whole_batch(base))
+    return [k for k,v in given.items() if k not in FREE and (now[k](v) if k in now else k in base and v!=base[k])]
 
 def check_same(given, # options that the user gave
                stored, # options of the run
@@ -228,8 +287,11 @@ def same_data(given, # options that the user gave
     "Is the set that was given the run's? By its place, and where that differs by its fingerprint."
     if 'data_path' not in given or place(given['data_path'])==stored['data_path']: return True
     from mixmix_nb.data import NAMED, open_data
+    from mixmix_nb.latents import is_cache, open_cache
     if {given['data_path'], stored['data_path']} & NAMED.keys(): return False
-    try: return open_data(given['data_path'], stored['image_size']).fingerprint()==stored['fingerprint']
+    try:
+        if is_cache(given['data_path']): return open_cache(given['data_path']).fingerprint()==stored['fingerprint']
+        return open_data(given['data_path'], stored['image_size']).fingerprint()==stored.get('pictures', stored['fingerprint'])
     except UserError: return False
 
 # %% ../nbs/12_train.ipynb #8d1411d0
@@ -279,21 +341,52 @@ def read_resumable(file, # a checkpoint
 
 # %% ../nbs/12_train.ipynb #4d63cb74
 def open_run(given, # options that the user gave
-            ): # a locked `Run` or None for a new one, the checkpoint or None
+            ): # a locked `Run` or None for a new one, the file of the checkpoint or None, what it holds
     "What `--resume` means: the run to go on with, and the checkpoint to go on from."
     from mixmix_nb.training import Run
-    if given.get('resume') is None: return None, None
+    if given.get('resume') is None: return None, None, None
     if given['resume']=='auto':
         run = find_run(given)
-        return run, run and newest_checkpoint(run)[1]
+        return run, *(newest_checkpoint(run) if run else (None, None))
     file = Path(given['resume']).expanduser()
     ckpt, home = read_resumable(file), run_folder(file)
-    if home is None: return None, ckpt
+    if home is None: return None, file, ckpt
     run = Run(home)
     newest, _ = newest_checkpoint(run)
-    if newest is None or not newest.samefile(file): return None, ckpt
+    if newest is None or not newest.samefile(file): return None, file, ckpt
     check(run.lock(), f'{home} is in use by another process; wait for it, or train without --resume')
-    return run, ckpt
+    return run, file, ckpt
+
+# %% ../nbs/12_train.ipynb #b7874dd1
+def check_trackers(o, # dict of options
+                  ):
+    "Refuse --tensorboard and --wandb where they are not installed."
+    from importlib.util import find_spec
+    for k in ('tensorboard', 'wandb'): check(not o.get(k) or find_spec(k), f"--{k} needs the package {k}: pip install 'mixmix_nb[{k}]', or leave it away")
+
+def numbers(row, # of metrics
+           ): # dict
+    "The numbers in a row of metrics that were measured."
+    return {k: v for k,v in row.items() if isinstance(v, (int,float)) and v==v}
+
+def trackers(run, # a `Run`
+             o, # dict of options
+            ): # list of functions of a row of metrics
+    "Where rows of metrics go besides metrics.csv."
+    out = []
+    if o['tensorboard']:
+        from torch.utils.tensorboard import SummaryWriter
+        board = SummaryWriter(run.path/'tensorboard')
+        def tell(row):
+            for k,v in numbers(row).items(): board.add_scalar(k, v, row['step'])
+            board.flush()
+        out.append(tell)
+    if o['wandb']:
+        import wandb, hashlib
+        name = hashlib.blake2b(str(run.path.resolve()).encode(), digest_size=8).hexdigest()
+        wandb.init(project='mixmix_nb', name=run.path.name, id=name, resume='allow', dir=str(run.path), config=o)
+        out.append(lambda row: wandb.log(numbers(row), step=row['step']))
+    return out
 
 # %% ../nbs/12_train.ipynb #02fb5835
 def make_trainer(o, # dict of options
@@ -301,12 +394,47 @@ def make_trainer(o, # dict of options
                  process, # a `Diffusion`
                  data, # the training set
                  device, # a torch.device
+                 comm=None, # the processes of the run; None: this one alone
                 ): # a `Trainer`
     "The trainer that the options describe; `epochs` become steps, rounded up."
     from mixmix_nb.training import Trainer
-    steps = o['steps'] if 'steps' in o else -(-o['epochs']*len(data)//o['batch_size'])
-    return Trainer(net, process, data, o['batch_size'], steps, o['global_seed'], o['lr'], o['warmup'], o['lr_schedule'],
-        o['weight_decay'], o['beta2'], o['grad_clip'], o['ema_decay'], o['ema_warmup'], o['flip'], device)
+    from mixmix_nb.speed import allow_tf32, choose_compile, choose_precision, faster, make_scaler
+    steps = o['steps'] if 'steps' in o else -(-o['epochs']*len(data)//o['global_batch_size'])
+    o['mixed_precision'] = choose_precision(o['mixed_precision'], device)
+    o['compile'] = 'on' if choose_compile(o['compile'], device, steps) else 'off'
+    allow_tf32(device)
+    share = comm.wrap if comm and comm.world>1 else None
+    wrap = lambda net: faster(net, device, o['mixed_precision'], o['compile']=='on', o['grad_checkpoint'], share)
+    trainer = Trainer(net, process, data, o['global_batch_size'], steps, o['global_seed'], o['lr'], o['warmup'], o['lr_schedule'],
+        o['weight_decay'], o['beta2'], o['grad_clip'], o['ema_decay'], o['ema_warmup'], o['flip'], device,
+        o['accumulate'], wrap, make_scaler(o['mixed_precision'], device), comm)
+    trainer.busy = utilisation_of(net, o, device)
+    return trainer
+
+def utilisation_of(net, # a `DiT`
+                   o, # dict of options
+                   device, # a torch.device
+                  ): # images per second → share of the device's peak, or None where that is not known
+    "How busy a run keeps its devices, for the log."
+    import torch
+    from mixmix_nb.models import num_macs
+    from mixmix_nb.speed import peak_flops, utilisation
+    peak = device.type=='cuda' and peak_flops(torch.cuda.get_device_name(device), o['mixed_precision'])
+    return (lambda speed: utilisation(num_macs(net), speed/world_size(), peak)) if peak else None
+
+def remarks(o, # all options, choices made
+            stored, # options of the checkpoint, on resume
+            device, # a torch.device
+           ): # list of lines for the log
+    "What a run should say of its choices: slow precisions, and what ends its being the same to the last bit."
+    from mixmix_nb.speed import slow_precision
+    slow = slow_precision(o['mixed_precision'], device)
+    kind = dict(stored, device_type=stored.get('device_type', device.type)) if stored else {}
+    changed = [flag(k) for k in ('mixed_precision','compile','accumulate','grad_checkpoint') if k in kind and kind[k]!=o[k]]
+    if kind and kind['device_type']!=device.type: changed.append('the kind of device')
+    if kind and kind.get('processes', 1)!=world_size(): changed.append(f'{kind.get("processes", 1)} → {world_size()} processes')
+    exact = f'resumed with other choices ({", ".join(changed)}): right, but no longer the same to the last bit' if changed else None
+    return [l for l in (slow, exact) if l]
 
 def results_of(given, # options that the user gave
                o, # all options
@@ -321,6 +449,7 @@ def results_of(given, # options that the user gave
 def plan(given, # options that the user gave
          run=None, # the `Run` to go on with
          ckpt=None, # the checkpoint to go on from
+         comm=None, # the processes of the run; None: this one alone
         ): # all options, the `Trainer`, the validation set or None
     "All that can be refused is refused here; nothing is written."
     stored = ckpt['args'] if ckpt else read_config(run.path)['args'] if run else {}
@@ -328,15 +457,17 @@ def plan(given, # options that the user gave
     o = resolve(given, stored)
     o['results_dir'] = results_of(given, o, run); o.pop('resume', None)
     device = get_device(o['device'])
-    data = open_set(o)
+    settle_batch(o, given, stored); check_trackers(o)
+    data = open_set(o, device)
     check_data(o, stored)
     o.setdefault('learn_sigma', o['prediction']=='eps')
     net, process = build_model(o), build_process(o)
     check_steps(process, o['sample_steps'], 'sample_steps')
     train_set, val = prepare_data(o, device, data)
-    trainer = make_trainer(o, net, process, train_set, device)
+    trainer = make_trainer(o, net, process, train_set, device, comm)
     check_results(o['results_dir'], trainer.checkpoint_bytes())
     if ckpt: trainer.load_state_dict(ckpt, given['resume'])
+    o['remarks'], o['device_type'], o['processes'] = remarks(o, stored, device), device.type, world_size()
     return o | dict(data_path=place(o['data_path'])), trainer, val
 
 # %% ../nbs/12_train.ipynb #bd370296
@@ -347,12 +478,22 @@ def begin(run, # a `Run`
     "Write config.json and say what is about to be trained."
     from mixmix_nb.models import num_params
     from mixmix_nb.training import write_whole
+    said = o.pop('remarks', ())
+    if rank(): return
     config = dict(args=o, versions=versions(), job=os.environ.get('SLURM_JOB_ID'))
     write_whole(run.path/'config.json', lambda f: f.write(json.dumps(config, indent=1).encode()))
     classes = f'{o["num_classes"]} classes' if o['num_classes'] else 'without classes'
     start = f', from step {trainer.step_no}' if trainer.step_no else ''
     run.log(f'{run.path}: {o["model"]}, {num_params(trainer.model):,} parameters, {len(trainer.data):,} images of '
-            f'{"×".join(map(str, trainer.data.shape))}, {classes}, {trainer.steps} steps of {o["batch_size"]} on {trainer.device}{start}')
+            f'{"×".join(map(str, trainer.data.shape))}, {classes}, {trainer.steps} steps of {o["global_batch_size"]} on {trainer.device}{how(o)}{start}')
+    for line in said: run.log(line)
+
+def how(o, # dict of options
+       ): # the rest of a sentence
+    "Choices that are not the plain ones."
+    parts = [f'in {o["accumulate"]} parts' if o['accumulate']>1 else '', f'in {o["mixed_precision"]}' if o['mixed_precision']!='no' else '',
+             f'{world_size()} processes' if world_size()>1 else '', 'compiled' if o['compile']=='on' else '', 'blocks computed twice' if o['grad_checkpoint'] else '', f'latents of {o["vae"]}' if o['vae']!='none' else '']
+    return ''.join(f', {p}' for p in parts if p)
 
 # %% ../nbs/12_train.ipynb #9b37b703
 def batch_that_fits(model, # a `DiT`; it is moved to the meta device, where it needs no memory
@@ -374,27 +515,38 @@ def memory_of(device, # a torch.device
 @contextmanager
 def memory_advice(trainer, # a `Trainer`
                  ):
-    "Turn «out of memory» into one line with a batch that would fit."
+    "Turn «out of memory» into one line with what would fit and changes nothing else."
     try: yield
     except (MemoryError, RuntimeError) as e:
         if not (isinstance(e, MemoryError) or 'out of memory' in str(e) or 'allocate memory' in str(e)): raise
-        b = batch_that_fits(trainer.model, trainer.batch, memory_of(trainer.device))
-        raise RunError(f'out of memory at --batch-size {trainer.batch}; about {b} would fit, or take a smaller --model') from None
+        n = trainer.hi-trainer.lo; part = n//trainer.accumulate
+        b = batch_that_fits(trainer.model, part, memory_of(trainer.device))
+        parts = next(p for p in range(-(-n//b), n+1) if n%p==0)
+        better = f'--accumulate {parts} ({n//parts} at a time, the same result) should fit' if part>1 else 'nothing smaller than one image can be tried'
+        raise RunError(f'out of memory at --batch-size {n}, {part} image(s) at a time; {better}; or --grad-checkpoint, or a smaller --model') from None
 
 # %% ../nbs/12_train.ipynb #d069922f
 def launch(given, # options that the user gave, each of its type
           ): # the run's folder
-    "`train` with the options in a dict: all checks, then the folder, then the loop."
+    "`train` with the options in a dict, on all processes that torchrun has started, or on this one."
+    if world_size()==1: return launch_on(None, given)
+    from mixmix_nb.distributed import as_one, start
+    comm = start(given.get('device', DEFAULTS['device']))
+    with as_one(comm): return launch_on(comm, given)
+
+def launch_on(comm, # the processes of the run; None: this one alone
+              given, # options that the user gave, each of its type
+             ): # the run's folder
+    "All checks, then the folder, then the loop."
     check_options(given)
     check(not {'steps','epochs'}<=given.keys(), 'give --steps or --epochs, not both')
-    check(world_size()==1, 'training on several processes is yet to come; start one, without torchrun')
-    run, ckpt = open_run(given)
+    run, ckpt = open_together(comm, given)
     try:
-        o, trainer, val = plan(given, run, ckpt)
+        o, trainer, val = plan(given, run, ckpt, comm)
         done, total = trainer.step_no, trainer.steps
         check(done<=total, f'the checkpoint stands at step {done}, past the {total} steps asked for; give more --steps, or start a new run without --resume')
         if ckpt and done==total: return nothing_to_do(run.path if run else given['resume'], done)
-        run = run or hold_new(o)
+        run = run or hold_new(o, comm)
         begin(run, o, trainer)
         with memory_advice(trainer): run_loop(trainer, run, o, val)
         return run.path
@@ -402,20 +554,67 @@ def launch(given, # options that the user gave, each of its type
         if run: run.unlock()
 
 # %% ../nbs/12_train.ipynb #fe631525
+def open_together(comm, # the processes of the run; None: this one alone
+                  given, # options that the user gave
+                 ): # a locked `Run` or None, the checkpoint or None
+    "`open_run` by the first process; the others read the checkpoint that it has chosen."
+    if comm is None: run, _, ckpt = open_run(given); return run, ckpt
+    from mixmix_nb.distributed import OtherRank
+    from mixmix_nb.training import read_checkpoint
+    mine = []
+    def choose():
+        mine.extend(open_run(given))
+        return [mine[0] and str(mine[0].path), mine[1] and str(mine[1])]
+    path, file = comm.first(choose)
+    if mine: return mine[0], mine[2]
+    return path and OtherRank(path), file and read_checkpoint(file)
+
 def hold_new(o, # dict of options
+             comm=None, # the processes of the run; None: this one alone
             ): # a locked `Run`
     "A new folder for a run, ours from the start."
     from mixmix_nb.training import new_run
-    run = new_run(o['results_dir'], o['model'])
-    run.lock()
-    return run
+    run = None
+    if rank()==0: run = new_run(o['results_dir'], o['model']); run.lock()
+    if comm is None: return run
+    from mixmix_nb.distributed import share_run
+    return share_run(comm, run)
 
 def nothing_to_do(path, # the run's folder, or the checkpoint
                   step, # steps done
                  ): # the same path
     "Say that a run has finished; nothing is written."
-    print(f'{path}: nothing to do, all {step} steps are done')
+    if rank()==0: print(f'{path}: nothing to do, all {step} steps are done')
     return Path(path)
+
+def decoder(trainer, # a `Trainer`
+            run, # a `Run`
+            o, # dict of options
+           ): # dict of arguments of `Trainer.preview`
+    "How previews become pictures; a cache can be trained on without its autoencoder, and then there are none."
+    if o['vae']=='none' or not o['num_sample_images']: return {}
+    from mixmix_nb.latents import load_vae
+    try: vae = getattr(trainer.data, 'vae', None) or load_vae(o['vae'], trainer.device)
+    except UserError as e: run.log(f'no previews: {e}'); return dict(n=0)
+    return dict(clip=False, decode=vae.decode)
+
+def class_words(classes, # names of class folders
+               ): # list of texts
+    "Names that people read: ImageNet's `n01440764` is a tench; others are their own."
+    if not any(c[:1]=='n' and c[1:].isdecimal() and len(c)==9 for c in classes or ()): return list(classes or ())
+    from timm.data import ImageNetInfo
+    info = ImageNetInfo('imagenet-1k')
+    known = set(info.label_names())
+    return [info.label_name_to_description(c).split(',')[0] if c in known else c for c in classes]
+
+def preview_names(o, # dict of options
+                 ): # a line for the log, or ''
+    "Which classes the previews show, in their order."
+    from mixmix_nb.training import preview_labels
+    n, k, words = o['num_sample_images'], o['num_classes'], class_words(o['classes'])
+    if not n or not words or k!=len(words): return ''
+    ids = preview_labels(k, n, o['global_seed']).tolist()
+    return 'previews show: ' + ', '.join(words[i] for i in dict.fromkeys(ids))
 
 def run_loop(trainer, # a `Trainer`
              run, # a `Run`
@@ -423,17 +622,21 @@ def run_loop(trainer, # a `Trainer`
              val, # the validation set, or None
             ):
     "Train to the end, or to a signal."
-    done = trainer.fit(run, o, val, o['ckpt_every'], o['ckpt_minutes'], o['keep_ckpts'], o['log_every'], o['num_workers'],
-        preview=dict(n=o['num_sample_images'], steps=o['sample_steps'], cfg_scale=o['cfg_scale'], sampler=o['sampler']))
+    preview = dict(n=o['num_sample_images'], steps=o['sample_steps'], cfg_scale=o['cfg_scale'], sampler=o['sampler']) | decoder(trainer, run, o)
+    if names := preview_names(o): run.log(names)
+    if rank()==0: run.trackers = trackers(run, o)
+    done = trainer.fit(run, o, val, o['ckpt_every'], o['ckpt_minutes'], o['keep_ckpts'], o['log_every'], o['num_workers'], preview)
     if done: run.log(f'done: {run.samples/"final.png" if o["num_sample_images"] else run.ckpts/"final.pt"}')
 
 # %% ../nbs/12_train.ipynb #6eb426a9
 def train(
-    data_path:str=None, # folder of class folders, flat folder, or a named set: digits, fashion-mnist, cifar10
+    data_path:str=None, # folder of class folders, flat folder, latent cache, or a named set: digits, fashion-mnist, cifar10
     model:str=None, # DiT-{N,T,S,B,L,XL}/{2,4,8}
     image_size:int=None, # side of the images, pixels (256; a named set has its own)
     num_classes:int=None, # counted from the data; 0: unconditional
-    batch_size:int=None, # images a step
+    batch_size:int=None, # images a step and process
+    global_batch_size:int=None, # images a step of all processes, instead of batch_size
+    accumulate:int=None, # parts that a process cuts its share of the step into
     epochs:int=None, # passes over the data
     steps:int=None, # optimizer steps, instead of epochs
     lr:float=None, # learning rate
@@ -450,7 +653,11 @@ def train(
     schedule:str=None, # of the noise: linear or cosine
     learn_sigma:bool=None, # learn the variance too (on for eps, off else)
     mixer:str=None, # token mixer of the blocks
-    vae:str=None, # none: train on pixels
+    vae:str=None, # ema, mse, a hub name or a folder: train on latents; none: on pixels (ema from 128 pixels on)
+    cache_latents:bool=None, # encode once, then train from the cache
+    mixed_precision:str=None, # no, bf16, fp16; alone: the best that the device has
+    compile:str=None, # auto (CUDA, long runs), on, off
+    grad_checkpoint:bool=None, # compute blocks twice, to save memory
     resume:str=None, # a checkpoint, or auto: the newest run that agrees
     ckpt_every:int=None, # steps between checkpoints
     ckpt_minutes:float=None, # minutes between checkpoints
@@ -462,6 +669,8 @@ def train(
     num_sample_images:int=None, # images in a preview; 0: no previews
     val_fraction:float=None, # share of the data held out
     results_dir:str=None, # where runs are kept
+    tensorboard:bool=None, # metrics for TensorBoard, too (an extra)
+    wandb:bool=None, # metrics for Weights & Biases, too (an extra)
     num_workers:int=None, # processes that decode images
     global_seed:int=None, # of every random number
     device:str=None, # auto, cpu, cuda, cuda:1, mps
@@ -474,14 +683,15 @@ def train(
 def main(argv=None, # the arguments; those of the process when not given
         ): # the run's folder
     "The command line of `train`."
-    try: return run_command(train, synonyms(sys.argv[1:] if argv is None else argv), DEFAULTS, 'python -m mixmix_nb.train')
-    except KeyboardInterrupt:
-        print('mixmix_nb: stopped; --resume auto goes on from the newest checkpoint', file=sys.stderr)
-        sys.exit(130)
+    return run_command(train, synonyms(sys.argv[1:] if argv is None else argv), DEFAULTS, 'python -m mixmix_nb.train', 'stopped; --resume auto goes on from the newest checkpoint')
 
 def synonyms(argv): # the arguments
-    "DiT calls `--sample-steps` `--num-sampling-steps`: both are understood."
-    return [a.replace('--num-sampling-steps', '--sample-steps', 1) if a.split('=')[0]=='--num-sampling-steps' else a for a in argv]
+    "DiT calls `--sample-steps` `--num-sampling-steps`: both are understood. `--mixed-precision` may stand alone."
+    out = []
+    for a,b in zip(argv, [*argv[1:], '--']):
+        if a.split('=')[0]=='--num-sampling-steps': a = a.replace('--num-sampling-steps', '--sample-steps', 1)
+        out.append('--mixed-precision=best' if a=='--mixed-precision' and b.startswith('--') else a)
+    return out
 
 # %% ../nbs/12_train.ipynb #af262882
 #| eval: false

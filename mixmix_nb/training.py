@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'METERS', 'COLUMNS', 'to_float', 'update_ema', 'ema_decay', 'mirror', 'lr_at', 'has_fused', 'make_optimizer',
-           'OneProcess', 'Trainer', 'flush_folder', 'write_whole', 'why_unreadable', 'check_sums', 'read_checkpoint',
-           'load_weights', 'NoWaiting', 'clip_grads', 'preview_labels', 'RunLog', 'Run', 'run_number', 'claim',
-           'new_run', 'close_in_children', 'csv_lines', 'save_image', 'StopSignal', 'Stopwatch', 'peak_memory',
-           'check_room']
+           'OneProcess', 'Trainer', 'to_model', 'why_unreadable', 'check_sums', 'read_checkpoint', 'load_weights',
+           'NoWaiting', 'clip_grads', 'preview_labels', 'RunLog', 'Run', 'run_number', 'claim', 'new_run',
+           'close_in_children', 'csv_lines', 'save_image', 'StopSignal', 'Stopwatch', 'peak_memory', 'check_room']
 
 # %% ../nbs/09_training.ipynb #f49c4684
 import copy, csv, errno, json, math, os, shutil, signal, sys, time, warnings, weakref, zipfile
@@ -16,7 +15,7 @@ from pathlib import Path
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from fastcore.basics import patch
-from .core import UserError, RunError, Log, at_terminal, generator, make_grid, progress
+from .core import UserError, RunError, Log, at_terminal, generator, make_grid, progress, write_whole
 from .core import draws as draw_numbers
 from .conditioning import drop_labels
 from .samplers import SAMPLERS, Noise, guided
@@ -144,16 +143,18 @@ class Trainer:
         self.opt = make_optimizer(self.params, lr_at(0, lr, warmup, lr_schedule, steps), weight_decay, beta2)
         self.meter, self.parts = {k: torch.zeros((), device=device) for k in METERS}, ()
         self.net = wrap(model) if wrap else model                           # after the copy: the average stays plain
+        self.busy = None                                                    # images per second → share of the device's peak, where that is known
 
 # %% ../nbs/09_training.ipynb #2c1b3f7d
-@patch
-def to_model(self:Trainer, x, # what the set gave, (B,...)
+def to_model(data, # the set that gave them
+             x, # what it gave, (B,...)
              flip, # uniform random numbers, below one half means mirrored, (B,); None: none is
+             seed, # the run's seed
              step, # step, or the name of other draws
              lo, # position of the first sample in the global batch
             ): # (B,C,H,W)
     "Samples as the model sees them; the set's own way where it has one."
-    if hasattr(self.data, 'to_model'): return self.data.to_model(x, flip, self.seed, step, lo)
+    if hasattr(data, 'to_model'): return data.to_model(x, flip, seed, step, lo)
     return to_float(x) if flip is None else mirror(to_float(x), flip)
 
 @patch
@@ -165,29 +166,7 @@ def prepare(self:Trainer, x, # what the set gave, (B,...): uint8 images, floats 
     "What the model sees: floats, half of them mirrored where that is wanted; labels, some of them the null class."
     m = self.model
     if m.num_classes and m.class_dropout_prob: y = drop_labels(y, d.drop, m.class_dropout_prob, m.num_classes)
-    return self.to_model(x, d.flip if self.flip else None, self.step_no, lo), y
-
-# %% ../nbs/09_training.ipynb #b80b58c4
-def flush_folder(folder):
-    "Make a rename in `folder` last through a power failure, where the file system knows how."
-    if os.name!='posix': return
-    d = os.open(folder, os.O_RDONLY)
-    try: os.fsync(d)
-    except OSError as e:
-        if e.errno not in (errno.EINVAL, errno.ENOTSUP): raise
-    finally: os.close(d)
-
-def write_whole(path, # where to; folders on the way are made
-                write, # a function that writes into an open binary file
-               ):
-    "A file that is whole or absent: written beside, flushed, renamed, the folder flushed. Raises what `write` raises."
-    path = Path(path); tmp = path.with_name(path.name+'.tmp')
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with open(tmp, 'wb') as f: write(f); f.flush(); os.fsync(f.fileno())
-        os.replace(tmp, path)
-    except BaseException: tmp.unlink(missing_ok=True); raise
-    flush_folder(path.parent)
+    return to_model(self.data, x, d.flip if self.flip else None, self.seed, self.step_no, lo), y
 
 # %% ../nbs/09_training.ipynb #afe9e1a1
 def why_unreadable(path, # a file
@@ -419,7 +398,7 @@ def validate(self:Trainer, data, # a set held out
         hi = min(n, lo+batch)
         x, y, _ = next(iter(data.batches(self.seed, n, 0, 1, lo, hi)))
         d = draw_numbers(self.seed, 'val', lo, hi, (m.in_channels, *m.input_size), self.device)
-        loss = self.process.loss(self.ema, self.to_model(x.to(self.device), None, 'val', lo), y.to(self.device), d)['loss']
+        loss = self.process.loss(self.ema, to_model(data, x.to(self.device), None, self.seed, 'val', lo), y.to(self.device), d)['loss']
         quarter = (d.u*4).long().clamp(max=3)                           # (B,)
         sums.index_add_(0, quarter, torch.stack([loss, torch.ones_like(loss)], 1))
     sums = self.comm.total(sums)
@@ -442,7 +421,7 @@ class Run:
     "A run's folder: log, metrics, curves, checkpoints and samples. Making a `Run` writes nothing."
     def __init__(self, path, # the folder
                 ):
-        self.path = Path(path)
+        self.path, self.trackers = Path(path), []                           # functions of a row of metrics, e.g. TensorBoard's
         self.ckpts, self.samples, self.log = self.path/'checkpoints', self.path/'samples', RunLog(self.path/'log.txt')
 
 # %% ../nbs/09_training.ipynb #d38ed5b8
@@ -529,7 +508,7 @@ def prune(self:Run, keep, # how many numbered checkpoints to keep; 0: all
     except OSError as e: self.log(f'an old checkpoint could not be removed: {e}')
 
 # %% ../nbs/09_training.ipynb #53cab129
-COLUMNS = ('step', 'epoch', 'images', 'loss', 'mse', 'vb', 'val_loss', 'grad_norm', 'lr', 'images_per_sec',
+COLUMNS = ('step', 'epoch', 'images', 'loss', 'mse', 'vb', 'val_loss', 'grad_norm', 'lr', 'images_per_sec', 'step_ms', 'mfu',
            'peak_memory_mb', 'skipped', 'bad_files')
 
 def csv_lines(rows, # dicts
@@ -558,7 +537,8 @@ def read_metrics(self:Run): # list of dicts of numbers, nan where nothing was me
 @patch
 def write_metrics(self:Run, row, # dict with keys of `COLUMNS`
                  ):
-    "Add one line to metrics.csv; where that fails, say so and go on."
+    "Add one line to metrics.csv, and tell it to whoever else wants to know; where the file fails, say so and go on."
+    for tell in self.trackers: tell(row)
     f = self.path/'metrics.csv'
     try:
         with open(f, 'a') as h: h.write(csv_lines([row], header=h.tell()==0))
@@ -690,9 +670,10 @@ def report(self:Trainer, run, # a `Run`
     k, row = self.step_no, self.read_meter()
     speed, epoch = watch.speed(k, self.batch), k*self.batch/len(self.data)
     lr = lr_at(k-1, self.lr, self.warmup, self.lr_schedule, self.steps)
-    row |= dict(step=k, epoch=epoch, images=k*self.batch, lr=lr, images_per_sec=speed,
-                peak_memory_mb=peak_memory(self.device), bad_files=len(self.bad_files))
-    text = f'step {k:7d}/{self.steps}  epoch {epoch:.2f}  loss {row["loss"]:.4f}  {speed:.1f} images/s'
+    row |= dict(step=k, epoch=epoch, images=k*self.batch, lr=lr, images_per_sec=speed, step_ms=1e3*self.batch/max(speed, 1e-9),
+                mfu=self.busy and self.busy(speed), peak_memory_mb=peak_memory(self.device), bad_files=len(self.bad_files))
+    text = f'step {k:7d}/{self.steps}  epoch {epoch:.2f}  loss {row["loss"]:.4f}  {speed:.1f} images/s, {row["step_ms"]:.0f} ms a step'
+    if row['mfu']: text += f', {row["mfu"]:.0%} of the peak'
     if val:
         with watch.pause(): row['val_loss'], quarters = self.validate(val)
         text += f'  val {row["val_loss"]:.4f} (by quarter of t: {" ".join(f"{v:.4f}" for v in quarters)})'

@@ -31,7 +31,7 @@ def made_up(n=4096, shard=1024): # a cache on the disk, of random moments
     d = tmp_path/'made_up'; d.mkdir()
     for k in range(n//shard):
         t = dict(mean=torch.randn(shard, 2, *shape).half(), std=torch.rand(shard, 2, *shape).half()*.1, labels=torch.arange(shard)%1000)
-        L.write_whole(L.shard_path(d, k), L.shard_parts(t, dict(plan=L.plan_digits(plan), bad='[]')))
+        L.write_parts(L.shard_path(d, k), L.shard_parts(t, dict(plan=L.plan_digits(plan), bad='[]')))
     L.finish(d, plan)
     return d
 

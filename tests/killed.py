@@ -5,7 +5,7 @@ POINT is `step:N` (after the N-th step of this process), or a place inside the w
 (half a line of metrics.csv is written). Nothing in the package knows of this file.
 """
 import builtins, os, signal, sys
-import mixmix_nb.training as tr
+import mixmix_nb.core as core, mixmix_nb.training as tr
 from mixmix_nb.train import main
 
 kind, _, arg = sys.argv[1].partition(':')
@@ -44,7 +44,7 @@ def around(name, before, after, when):
     setattr(os, name, f)
 
 size = 16*1_274_372         # about the bytes of a checkpoint of DiT-N/2: model, EMA and two moments
-tr.open = open_
+tr.open = core.open = open_
 is_pt = lambda *a: state['pt'] is not None
 if kind=='flush': around('fsync', arg=='before', arg=='after', is_pt)
 if kind=='rename': around('replace', arg=='before', arg=='after', lambda a, b: str(b).endswith('.pt'))

@@ -12,8 +12,9 @@ def one_line(r, status=2):
 @pytest.mark.parametrize('args,words', [
     ('--data-path nowhere', 'nowhere'), ('--data-path empty', 'expected <data-path>/<class>'), ('--model DiT-Q/3', 'DiT-XL/2'), ('--lr -1', '--lr'),
     ('--batch-size 0', '--batch-size'), ('--steps many', '--steps'), ('--epoch 3', '--epochs'), ('--num-classes 3', '10 classes'),
-    ('--image-size 7', 'divisible'), ('--resume nothing.pt', 'nothing.pt'), ('--data-path photos', 'latents come next'), ('--data-path photos --image-size 16 --num-classes 5', 'class'),
-    ('--resume evil.pt', 'refused'), ('--resume torn.pt', 'torn'), ('--device cuda:77', 'device'),
+    ('--image-size 7', 'divisible'), ('--resume nothing.pt', 'nothing.pt'), ('--data-path photos', '--vae none'), ('--data-path photos --image-size 16 --num-classes 5', 'class'),
+    ('--resume evil.pt', 'refused'), ('--resume torn.pt', 'torn'), ('--device cuda:77', 'device'), ('--accumulate 5', 'does not divide'), ('--global-batch-size 8 --batch-size 4', '--global-batch-size 8'),
+    ('--mixed-precision fp8', 'bf16'), ('--compile maybe', 'auto'), ('--cache-latents', '--vae'),
 ])
 def test_bad_input(args, words, tmp_path):
     (tmp_path/'empty').mkdir(); (tmp_path/'photos').mkdir()
@@ -67,3 +68,21 @@ def test_a_reader_who_leaves_ends_nothing(tmp_path):
     assert p.wait(timeout=120)==0, p.stderr.read()
     run = tmp_path/'results'/'000-DiT-N-8'
     assert (run/'checkpoints'/'final.pt').exists() and 'done' in (run/'log.txt').read_text()
+
+@pytest.mark.parametrize('precision', ['bf16', 'fp16'])
+def test_resumed_in_half_precision_and_in_parts(precision, tmp_path):
+    "Scaler, parts and checkpointed blocks: cut and resumed, the same weights to the last bit; another choice is allowed, and said."
+    args = f'--model DiT-N/8 --batch-size 20 --accumulate 2 --grad-checkpoint --mixed-precision {precision} --lr-schedule constant --log-every 5 --num-sample-images 0'.split()
+    def train(results, *more):
+        r = python('-m', 'mixmix_nb.train', *more, '--results-dir', results, cwd=tmp_path)
+        assert r.returncode==0, r.stderr
+        return r.stdout, torch.load(tmp_path/results/'000-DiT-N-8'/'checkpoints'/'final.pt', weights_only=True)
+    _, whole = train('whole', *args, '--steps', '16')
+    _, half = train('cut', *args, '--steps', '9')
+    assert (half['scaler'] is not None)==(precision=='fp16')
+    said, cut = train('cut', '--resume', 'auto', '--steps', '16')
+    assert 'from step 9' in said and 'last bit' not in said, said
+    for k in ('model', 'ema'): assert all(torch.equal(cut[k][n], whole[k][n]) for n in whole[k])
+    assert cut['scaler']==whole['scaler']
+    said, _ = train('cut', '--resume', 'auto', '--steps', '17', '--mixed-precision', 'no')
+    assert 'last bit' in said and '--mixed-precision' in said, said

@@ -1,7 +1,8 @@
 "The cache of latents: killed anywhere, shared by processes, torn, mistaken for another one, larger than memory; and the same numbers with it and without it."
 import json, os, random, re, shutil, subprocess, sys
 from pathlib import Path
-import pytest, torch
+import numpy as np, pytest, torch
+from PIL import Image
 from conftest import child_env, python
 from mixmix_nb import latents as L
 from mixmix_nb.core import RunError, UserError, draws
@@ -40,7 +41,7 @@ MORTAL = '''
 import builtins, json, os, signal, sys
 from pathlib import Path
 import torch; torch.set_num_threads(1)
-from mixmix_nb import latents as L
+from mixmix_nb import core, latents as L
 from mixmix_nb.data import open_data
 d, spec = Path(sys.argv[1]), json.loads(sys.argv[2])
 data, vae = open_data(d/'photos', 32), L.load_vae(d/'vae')
@@ -73,7 +74,7 @@ def attempt(out, at):
     if pid==0:
         global count, last, inside
         count, last, inside = 0, at, str(out)
-        L.open = lambda p, mode='r', *a: Torn(builtins.open(p, mode, *a)) if 'wb'==mode else builtins.open(p, mode, *a)
+        core.open = L.open = lambda p, mode='r', *a: Torn(builtins.open(p, mode, *a)) if 'wb'==mode else builtins.open(p, mode, *a)
         sys.addaudithook(hook)
         try: L.encode(data, vae, out, batch=4, workers=0, shard=8)
         except BaseException as e: print(repr(e), file=sys.stderr, flush=True); os._exit(1)
@@ -111,11 +112,11 @@ def test_killed_anywhere(stuff, tmp_path, say):
 WATCH = '''
 import os, sys
 from mixmix_nb import latents as L
-real = L.write_whole
-def write_whole(path, parts):
+real = L.write_parts
+def write_parts(path, parts):
     with open(f'{sys.argv[1]}.{os.environ["RANK"]}', 'a') as f: f.write(path.name+'\\n')
     real(path, parts)
-L.write_whole = write_whole
+L.write_parts = write_parts
 L.main(sys.argv[2:])
 '''
 
@@ -296,9 +297,9 @@ from mixmix_nb import latents as L
 from mixmix_nb.data import MemoryData
 torch.set_num_threads(1)
 def anonymous(): return int([l for l in open('/proc/self/status') if l.startswith('RssAnon')][0].split()[1])/1024
-real, seen = L.write_whole, []
-def write_whole(path, parts): real(path, parts); seen.append(anonymous())
-L.write_whole = write_whole
+real, seen = L.write_parts, []
+def write_parts(path, parts): real(path, parts); seen.append(anonymous())
+L.write_parts = write_parts
 class Model(torch.nn.Module):                                       # nearly no work, many channels
     config = type('Config', (dict,), dict(__getattr__=dict.__getitem__))(latent_channels=12, block_out_channels=(1, 1))
     def encode(self, x):
@@ -330,7 +331,7 @@ plan = plan | dict(shape=[4,32,32], shard=shard)
 d.mkdir()
 for k in range(n//shard):
     m = torch.randn(shard, 2, 4, 32, 32).half()
-    L.write_whole(L.shard_path(d, k), L.shard_parts(dict(mean=m, labels=torch.zeros(shard, dtype=torch.long), std=m), dict(plan=L.plan_digits(plan), bad='[]')))
+    L.write_parts(L.shard_path(d, k), L.shard_parts(dict(mean=m, labels=torch.zeros(shard, dtype=torch.long), std=m), dict(plan=L.plan_digits(plan), bad='[]')))
     del m
 L.finish(d, plan)
 c, u, peaks = L.open_cache(d), torch.rand(64), []
@@ -347,3 +348,29 @@ def test_memory_stays_flat(stuff, tmp_path, say):
     size, early, peak = map(float, r.stdout.split()[-3:])
     assert size==128 and peak<early+16, (size, early, peak)
     say(f'a mapped cache of {size:.0f} MiB: anonymous memory {early:.0f} MiB in the first epoch, {peak:.0f} MiB at most in three')
+
+# ---- the trainer
+
+def test_trained_on_latents(stuff, tmp_path):
+    "The trainer encodes once, resumes from the cache without the pictures, has the loss of encoding on the fly, and draws pictures."
+    photos = tmp_path/'photos'
+    shutil.copytree(stuff/'photos', photos)
+    args = '--image-size 32 --model DiT-N/2 --batch-size 8 --steps 6 --log-every 1 --prediction v --num-sample-images 4 --sample-steps 3 --num-workers 0 --lr 1e-4'.split()
+    def train(results, *more):
+        r = python('-m', 'mixmix_nb.train', *args, '--results-dir', results, *more, cwd=tmp_path, MIXMIX_CACHE=str(tmp_path/'cache'))
+        assert r.returncode==0, r.stderr
+        run, = (tmp_path/results).iterdir()
+        return run, [float(l.split(',')[3]) for l in (run/'metrics.csv').read_text().splitlines()[1:]], r.stdout
+    _, fly, _ = train('fly', '--data-path', 'photos', '--vae', stuff/'vae')
+    run, kept, _ = train('kept', '--data-path', 'photos', '--vae', stuff/'vae', '--cache-latents')
+    assert len(fly)==6 and all(abs(a-b)<1e-3*abs(a) for a,b in zip(fly, kept)), (fly, kept)
+    shutil.rmtree(photos)
+    cache, = (tmp_path/'cache'/'latents').iterdir()
+    again, more, said = train('kept', '--data-path', cache, '--resume', 'auto', '--steps', '9')
+    assert again==run and 'from step 6' in said and more[:6]==kept and len(more)==9, said
+    with Image.open(run/'samples'/'final.png') as im: assert im.size[0]>=2*32 and np.asarray(im).std()>1
+    r = python('-m', 'mixmix_nb.sample', '--ckpt', run/'checkpoints'/'final.pt', '--num-images', '2', '--each', '--out', 'each', cwd=tmp_path)
+    assert r.returncode==0, r.stderr
+    assert [Image.open(f).size for f in (tmp_path/'each').iterdir()]==[(32,32)]*2
+    r = python('-m', 'mixmix_nb.train', '--data-path', cache, '--image-size', '64', cwd=tmp_path)
+    assert r.returncode==2 and '32 pixels' in r.stderr and r.stderr.count('\n')==1, r.stderr
