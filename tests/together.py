@@ -1,0 +1,86 @@
+"""What `test_distributed.py` lets several processes do: `torchrun together.py FOLDER TASK…`; alone, the same on one process.
+
+`fp32`, `accumulate`, `fp64`: train and save the weights. `begin`: train half of a run and save a checkpoint; `go-on`: the other half.
+`stop`: runs in which one process is asked to stop at some moment. `die`: rank 1 kills itself. `refuse`: rank 0 finds something wrong.
+"""
+import json, os, random, signal, sys, time
+from pathlib import Path
+import torch
+from mixmix_nb.core import UserError
+from mixmix_nb.data import load_digits
+from mixmix_nb.diffusion import Diffusion, cosine_betas
+from mixmix_nb.distributed import Processes, as_one, from_first, share_run, start
+from mixmix_nb.models import DiT
+from mixmix_nb.training import Run, Trainer
+
+folder, tasks, world = Path(sys.argv[1]), sys.argv[2:], int(os.environ.get('WORLD_SIZE', 1))
+
+class Watched:
+    "The digits as floats of the default dtype; remembers what was asked of it."
+    def __init__(self): self.d, self.seen = load_digits(), []
+    shape = property(lambda self: self.d.shape)
+    def __len__(self): return len(self.d)
+    def to_model(self, x, flip, seed, step, lo): return x.to(torch.get_default_dtype())/127.5-1
+    def batches(self, seed, batch, start, stop, lo=0, hi=None, workers=0):
+        hi = batch if hi is None else hi
+        for k,b in zip(range(start, stop), self.d.batches(seed, batch, start, stop, lo, hi)):
+            self.seen += range(k*batch+lo, k*batch+hi)
+            yield b
+
+def trainer(comm, steps=20, **kw):
+    torch.manual_seed(0)
+    model = DiT(8, 2, 1, 32, 2, 2, num_classes=10, learn_sigma=False)
+    wrap = comm.wrap if comm.world>1 else None
+    return Trainer(model, Diffusion(cosine_betas(), 'v', 'fixed_large'), Watched(), 32, steps, comm=comm, wrap=wrap, **{'lr': 1e-4} | kw)
+
+def go(t, stop=None):
+    for x,y,_ in t.data.batches(t.seed, t.batch, t.step_no, stop or t.steps, t.lo, t.hi): t.train_step(x, y)
+    return t
+
+def save(t, name, **more):
+    state = t.state_dict() | more
+    if not t.comm.rank: torch.save(state, folder/f'{name}-{world}.pt')
+
+def seen(t): return sorted(map(int, t.comm.all_names([f'{i:09d}' for i in t.data.seen])))
+
+def stops(comm):
+    "Eight runs; in each, one process or two are asked at a moment of their own. Returns the step each stopped at and what a checkpoint then holds."
+    import torch.distributed as dist
+    out, rng = [], random.Random(world)
+    for i in range(8):
+        c = Processes(dist.PrefixStore(f'trial{i}', comm.store), 'cpu', comm.rank, comm.world)
+        t, run = trainer(c, 200), share_run(c, Run(folder/f'stop{world}-{i}'))
+        asked = {rng.randrange(world), rng.randrange(world)} if i%2 else {rng.randrange(world)}
+        if c.rank in asked:
+            from threading import Timer
+            Timer(rng.random()*.3 + .1*c.rank*(i%2), os.kill, (os.getpid(), signal.SIGUSR1)).start()
+        else: rng.random()
+        done = t.fit(run, {}, preview=dict(n=0))
+        at = c.all_names([f'{t.step_no} {done}'])
+        files = [f.name for f in run.checkpoints()]
+        out.append(dict(at=at, files=files, seen=len(seen(t)), saved=torch.load(run.checkpoints()[0], weights_only=True)['train_steps']))
+    return out
+
+comm = start('cpu')
+with as_one(comm):
+    for task in tasks:
+        if task=='fp32': save(go(trainer(comm)), task)
+        if task=='accumulate': save(go(trainer(comm, accumulate=2)), task)
+        if task=='begin': t = go(trainer(comm), 9); save(t, task, seen=seen(t))
+        if task.startswith('go-on'):
+            t = trainer(comm); t.load_state_dict(torch.load(folder/'begin-2.pt', weights_only=True)); go(t); save(t, 'go-on', seen=seen(t))
+        if task=='fp64':
+            torch.set_default_dtype(torch.float64); save(go(trainer(comm, 100)), task); torch.set_default_dtype(torch.float32)
+        if task=='stop':
+            found = stops(comm)
+            if not comm.rank: (folder/f'stop-{world}.json').write_text(json.dumps(found))
+        if task=='die':
+            t = go(trainer(comm, 10**6), 3)
+            if comm.rank==1: os.kill(os.getpid(), signal.SIGKILL)
+            t.fit(share_run(comm, Run(folder/'died')), {}, preview=dict(n=0), log_every=10**6)
+        if task=='refuse':
+            def look(): raise UserError('this cannot be')
+            from_first(comm, look); (folder/'went on').touch()
+        if task=='fail':
+            if comm.rank==1: raise KeyError('something')
+            from_first(comm, lambda: time.sleep(.1)); go(trainer(comm, 10**6))
