@@ -56,7 +56,7 @@ def test_every_public_function_is_explained():
     code = '''
 import importlib, inspect, sys, fastcore.docments as d
 bad = []
-for m in "core data latents patches conditioning blocks models diffusion samplers training speed train sample coco".split():
+for m in "core data latents patches conditioning blocks models diffusion samplers training speed distributed train sample coco".split():
     mod = importlib.import_module("mixmix_nb."+m)
     for n in mod.__all__:
         f = getattr(mod, n)
