@@ -1,8 +1,11 @@
 "Commands as a person types them: bad input gets one line and status 2, Ctrl-C loses nothing, a sample depends on its seed alone."
-import os, signal, subprocess, sys, time
+import os, pickle, signal, subprocess, sys, time
+from pathlib import Path
 import numpy as np, pytest, torch
 from PIL import Image
 from conftest import python, child_env
+from mixmix_nb.core import UserError
+from mixmix_nb.training import read_checkpoint
 
 def one_line(r, status=2):
     lines = r.stderr.strip().splitlines()
@@ -86,3 +89,20 @@ def test_resumed_in_half_precision_and_in_parts(precision, tmp_path):
     assert cut['scaler']==whole['scaler']
     said, _ = train('cut', '--resume', 'auto', '--steps', '17', '--mixed-precision', 'no')
     assert 'last bit' in said and '--mixed-precision' in said, said
+
+class Payload:
+    def __init__(self, f, *args): self.f, self.args = f, args
+    def __reduce__(self): return self.f, self.args
+
+@pytest.mark.parametrize('container', ['zip', 'old', 'pickle'])
+@pytest.mark.parametrize('payload', [(os.mkdir, 'pwned'), (os.system, 'touch pwned'), (exec, 'open("pwned", "w")'), (eval, 'open("pwned", "w")'),
+                                     (subprocess.call, ['touch', 'pwned']), (Path.touch, Path('pwned')), (open, 'pwned', 'w')], ids=lambda p: p[0].__qualname__)
+def test_a_crafted_pickle_is_refused_and_does_not_run(payload, container, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    state = dict(model=dict(w=torch.zeros(3)), args=Payload(*payload))
+    if container=='pickle': Path('evil.pt').write_bytes(pickle.dumps(state['args']))
+    else: torch.save(state, 'evil.pt', _use_new_zipfile_serialization=container=='zip')
+    with pytest.raises(UserError, match='evil.pt') as e: read_checkpoint('evil.pt')
+    assert '\n' not in str(e.value) and os.listdir()==['evil.pt']
+    torch.load('evil.pt', weights_only=False) if container!='pickle' else pickle.loads(Path('evil.pt').read_bytes())
+    assert sorted(os.listdir())==['evil.pt', 'pwned'], 'the payload does run where it is trusted'
