@@ -33,6 +33,7 @@ TORCHRUN_ARGS=${TORCHRUN_ARGS-}                                 # more options o
 # SLURM sends USR1 to this script before the time is up, and TERM when it wants the nodes.
 # The script then makes a file; all processes of the run look for it, finish the step and write a checkpoint.
 mkdir -p logs
+asked=
 export MIXMIX_STOP_FILE=$PWD/logs/dit_$SLURM_JOB_ID.stop
 rm -f "$MIXMIX_STOP_FILE"
 stop() { asked=yes woken=yes; touch "$MIXMIX_STOP_FILE"; echo "SIG$1: asking the run to stop"; }
@@ -68,7 +69,9 @@ threads=$((cpus/NPROC_PER_NODE))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
 export SRUN_CPUS_PER_TASK=$cpus PYTHONUNBUFFERED=1
 command=(python "${train[@]}")
+several=
 if [ $((nodes*NPROC_PER_NODE)) -gt 1 ]; then
+  several=yes
   meet=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}:${MASTER_PORT:-$((20000+SLURM_JOB_ID%10000))}
   agent=(--nnodes="$nodes" --nproc-per-node="$NPROC_PER_NODE" --rdzv-backend=c10d --rdzv-endpoint="$meet"
          --rdzv-id="$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}")
@@ -93,7 +96,8 @@ for _ in {1..100}; do kill -0 "$tee" 2>/dev/null || break; sleep .1; done
 
 # Finished, or failed: the job ends with the run's status.
 if ! grep -q 'stopped by .*go on with --resume auto' "$said"; then exit "$status"; fi
-if [ "$status" != 0 ] && [ -z "$asked" ]; then exit "$status"; fi
+# (a torchrun that was signalled itself says 1 even then)
+if [ "$status" != 0 ] && [ -z "$asked$several" ]; then exit "$status"; fi
 # Stopped: the same job once more, unless somebody has cancelled it, or SLURM has put it back into the queue already.
 state=$(scontrol show job --oneliner "$SLURM_JOB_ID")
 case $state in *JobState=RUNNING*|*Reason=TimeLimit*) ;; *) exit "$status";; esac
