@@ -115,6 +115,15 @@ def test_a_signal_becomes_the_stop_file(dry, tmp_path, name):
     assert p.returncode==0 and 'requeued' in out and 'requeue 7' in calls(tmp_path)
     assert not list((tmp_path/'logs').iterdir()), 'the stop file is removed'
 
+def test_a_run_that_finishes_in_spite_of_a_signal(dry, tmp_path):
+    "The job ends with the run's status, not with that of an interrupted `wait`."
+    stub(tmp_path, 'python', 'case $1 in -c) exit 0;; esac\necho up; until [ -e "$MIXMIX_STOP_FILE" ]; do sleep .05; done; sleep .5; echo "done: x"\n')
+    p = subprocess.Popen(['bash', 'slurm/train.sh'], cwd=tmp_path, stdout=subprocess.PIPE, text=True, env=child_env(SLURM_JOB_ID='7', STATE='RUNNING', PATH=stub_path(tmp_path)))
+    assert p.stdout.readline()=='up\n'
+    p.send_signal(signal.SIGUSR1)
+    p.communicate(timeout=30)
+    assert p.returncode==0 and 'requeue' not in calls(tmp_path)
+
 def test_prepare(tmp_path):
     project(tmp_path)
     stub(tmp_path, 'python', 'case $1 in -c) exit 0;; esac\necho "$*"; case "$*" in *fails*) exit 3;; esac\n')
