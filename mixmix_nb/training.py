@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'METERS', 'COLUMNS', 'to_float', 'update_ema', 'ema_decay', 'mirror', 'lr_at', 'has_fused', 'make_optimizer',
-           'OneProcess', 'Trainer', 'to_model', 'why_unreadable', 'check_sums', 'read_checkpoint', 'load_weights',
-           'NoWaiting', 'clip_grads', 'preview_labels', 'RunLog', 'Run', 'run_number', 'claim', 'new_run',
-           'close_in_children', 'csv_lines', 'save_image', 'StopSignal', 'Stopwatch', 'peak_memory', 'check_room']
+           'OneProcess', 'Whole', 'Trainer', 'to_model', 'why_unreadable', 'check_sums', 'read_checkpoint',
+           'load_weights', 'NoWaiting', 'clip_grads', 'preview_labels', 'RunLog', 'Run', 'run_number', 'claim',
+           'new_run', 'close_in_children', 'csv_lines', 'save_image', 'StopSignal', 'Stopwatch', 'peak_memory',
+           'check_room']
 
 # %% ../nbs/09_training.ipynb #f49c4684
 import copy, csv, errno, json, math, os, shutil, signal, sys, time, warnings, weakref, zipfile
@@ -105,6 +106,30 @@ class OneProcess:
         return asked
 
 # %% ../nbs/09_training.ipynb #4b5427c3
+class Whole:
+    "How a process holds the model and its average: all of both."
+    def place(self, model, device): # a module
+        "Put a model where it is held."
+        return model.to(device)
+    def held(self, t): # a tensor
+        "What this device holds of a parameter or buffer, sharing its memory."
+        return t
+    def grads(self, held, params): # a list of tensors
+        "The gradients of what is held, where the optimizer looks for them."
+        return [p.grad for p in params]
+    def norm(self, x): # a 0-dim tensor
+        "The norm of all gradients from the norm `x` of those held."
+        return x
+    def spread(self, grads):
+        "See that what is not finite in one process is not finite in any."
+    def share(self, whole, param): # a tensor
+        "What this device holds of the tensor `whole`, laid out like `param`."
+        return whole
+    def whole(self, held, param): # a tensor; None on ranks above 0, where others hold some of it
+        "All of a tensor of which this device holds `held`, laid out like `param`."
+        return held
+
+# %% ../nbs/09_training.ipynb #d5f8926f
 PARTS = ('loss', 'mse', 'vb', 'grad_norm')                              # summed over the steps since the last reading
 METERS = ('steps', *PARTS, 'skipped', 'bad_row', 'worst_row')           # kept on the device
 
@@ -130,19 +155,22 @@ class Trainer:
                  wrap=None, # model → what is called in its place in training: compiled, in half precision, …
                  scaler=None, # a `GradScaler`, for training in fp16
                  comm=None, # other processes; `OneProcess()` when not given
+                 hold=None, # how the model is held; `Whole()` when not given
                 ):
-        self.model, self.process, self.data = model.to(device), process.to(device), data
+        self.hold, self.process, self.data = hold or Whole(), process.to(device), data
+        self.model, self.ema = (self.hold.place(m, device) for m in (model, copy.deepcopy(model).requires_grad_(False).eval()))
         self.accumulate, self.scaler, self.comm = accumulate, scaler, comm or OneProcess()
         self.lo, self.hi = (batch*r//self.comm.world for r in (self.comm.rank, self.comm.rank+1))
         self.batch, self.steps, self.seed, self.flip, self.device = batch, steps, seed, flip, torch.device(device)
         self.lr, self.warmup, self.lr_schedule, self.grad_clip = lr, warmup, lr_schedule, grad_clip
         self.decay, self.ema_warmup, self.step_no, self.bad_files, self.new_bad = decay, ema_warmup, 0, set(), []
-        self.ema = copy.deepcopy(model).requires_grad_(False).eval()
-        pairs = [(p,e) for p,e in zip(model.parameters(), self.ema.parameters()) if p.requires_grad]
-        self.params, self.ema_params = map(list, zip(*pairs))
+        self.learned = {n: p for n,p in self.model.named_parameters() if p.requires_grad}
+        averages = dict(self.ema.named_parameters())
+        self.params = [self.hold.held(p) for p in self.learned.values()]    # what the optimizer moves
+        self.ema_params = [self.hold.held(averages[n]) for n in self.learned]
         self.opt = make_optimizer(self.params, lr_at(0, lr, warmup, lr_schedule, steps), weight_decay, beta2)
         self.meter, self.parts = {k: torch.zeros((), device=device) for k in METERS}, ()
-        self.net = wrap(model) if wrap else model                           # after the copy: the average stays plain
+        self.net = wrap(self.model) if wrap else self.model                 # after the copy: the average stays plain
         self.busy = None                                                    # images per second → share of the device's peak, where that is known
 
 # %% ../nbs/09_training.ipynb #2c1b3f7d
@@ -204,6 +232,7 @@ def read_checkpoint(path, # a file
 def load_weights(model, # a module
                  state, # its `state_dict`
                  name='checkpoint', # what to call it in the message
+                 hold=Whole(), # how the model is held
                 ):
     "Load weights strictly. Raises `UserError` that names the first differences."
     shape = lambda s, k: 'x'.join(map(str, s[k].shape)) or 'a number' if hasattr(s.get(k), 'shape') else 'missing'
@@ -212,15 +241,17 @@ def load_weights(model, # a module
     if keys:
         diff = '; '.join(f'{k}: {shape(state, k)} there, {shape(mine, k)} here' for k in keys[:3])
         raise UserError(f'{name} is of another model: {diff}{" …" if len(keys)>3 else ""}')
-    model.load_state_dict(state)
+    with torch.no_grad():
+        for k,v in mine.items(): hold.held(v).copy_(hold.share(state[k], v))
 
 # %% ../nbs/09_training.ipynb #e7513db6
 @patch
 def state_dict(self:Trainer): # a dict of plain values and live tensors (save or copy before the next step)
     "Everything that a resumed run needs, the optimizer's moments by parameter name."
-    names = {p: n for n,p in self.model.named_parameters()}
-    opt = {names[p]: dict(s) for p,s in self.opt.state.items()}
-    return dict(model=self.model.state_dict(), ema=self.ema.state_dict(), opt=opt,
+    whole = self.hold.whole
+    opt = {n: {k: whole(v, p) for k,v in self.opt.state[h].items()} for (n,p),h in zip(self.learned.items(), self.params) if h in self.opt.state}
+    model, ema = ({k: whole(v, v) for k,v in m.state_dict().items()} for m in (self.model, self.ema))
+    return dict(model=model, ema=ema, opt=opt,
                 scaler=self.scaler.state_dict() if self.scaler else None,
                 train_steps=self.step_no, epoch=self.step_no*self.batch//len(self.data),
                 meter=dict(self.meter), bad_files=sorted(self.bad_files))
@@ -231,11 +262,11 @@ def load_moments(self:Trainer, opt, # dict of dicts of tensors, by parameter nam
                  name='checkpoint', # what to call it in the message
                 ):
     "Take over the optimizer's moments. Raises `UserError` where the names are not those of the parameters."
-    params = {n: p for n,p in self.model.named_parameters() if p.requires_grad}
-    differ = [n for n in [*params, *opt] if (n in params)!=(n in opt)]
+    differ = [n for n in [*self.learned, *opt] if (n in self.learned)!=(n in opt)]
     if opt and differ: raise UserError(f'{name} has the optimizer of another model: {", ".join(differ[:3])}')
     self.opt.state.clear()
-    for n,s in opt.items(): self.opt.state[params[n]] = {k: v.to(self.device, copy=True) for k,v in s.items()}
+    for (n,p),h in zip(self.learned.items(), self.params if opt else ()):
+        self.opt.state[h] = {k: self.hold.share(v, p).to(self.device, copy=True) for k,v in opt[n].items()}
 
 @patch
 def load_state_dict(self:Trainer, ckpt, # from `state_dict`
@@ -245,7 +276,7 @@ def load_state_dict(self:Trainer, ckpt, # from `state_dict`
     lacks = [k for k in ('model','ema','opt','meter','train_steps') if k not in ckpt]
     if ckpt.get('train_steps') and not ckpt.get('opt'): lacks.append('optimizer')
     if lacks: raise UserError(f'{name} cannot be resumed: it has no {", ".join(lacks)}')
-    load_weights(self.model, ckpt['model'], name); load_weights(self.ema, ckpt['ema'], name)
+    for m,k in ((self.model, 'model'), (self.ema, 'ema')): load_weights(m, ckpt[k], name, self.hold)
     self.load_moments(ckpt['opt'], name)
     if self.scaler and ckpt.get('scaler'): self.scaler.load_state_dict(ckpt['scaler'])
     self.meter = {k: ckpt['meter'][k].to(self.device, copy=True) for k in METERS}
@@ -269,9 +300,10 @@ class NoWaiting(TorchDispatchMode):
 @torch.no_grad()
 def clip_grads(grads, # gradients, changed in place
                max_norm=0., # the longest allowed; 0: any
+               hold=Whole(), # how the model is held
               ): # their norm before, a 0-dim tensor
     "Scale gradients down together where their norm is above `max_norm`, without asking for it."
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+    norm = hold.norm(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads))))
     if max_norm: torch._foreach_mul_(grads, (max_norm/(norm+1e-6)).clamp(max=1))
     return norm
 
@@ -328,8 +360,9 @@ def train_step(self:Trainer, x, # samples of this process, as the set gave them,
     for a in range(0, n, part):
         with self.comm.part(last=a+part>=n): sums.append(self.backward(x[a:a+part], y[a:a+part], self.lo+a, n))
     means = dict(zip(sums[0], self.comm.mean(torch.stack([sum(s[k] for s in sums) for k in sums[0]]))))
-    if self.scaler: self.scaler.unscale_(self.opt)
-    norm = clip_grads([p.grad for p in self.params], self.grad_clip)
+    grads = self.hold.grads(self.params, self.learned.values())
+    if self.scaler: self.hold.spread(grads); self.scaler.unscale_(self.opt)
+    norm = clip_grads(grads, self.grad_clip, self.hold)
     bad = (~(norm+means['loss']).isfinite()).float()
     self.measure(means, norm, bad)
     self.update(bad)
@@ -376,12 +409,13 @@ def preview(self:Trainer, n=16, # images
     m, process, out = self.ema, self.process.respace(steps), None
     labels = preview_labels(m.num_classes, n, self.seed).to(self.device) if m.num_classes else None
     f = guided(m, cfg_scale if m.num_classes and m.class_dropout_prob else 1, m.num_classes, in_channels=m.in_channels)
-    for ids in torch.arange(self.comm.rank, max(n, self.comm.rank+1), self.comm.world).split(batch):
+    each = -(-n//self.comm.world)                                       # the same number on all processes
+    for ids in torch.arange(self.comm.rank, each*self.comm.world, self.comm.world).split(batch):
         noise = Noise(self.seed, ids.tolist(), (m.in_channels, *m.input_size), self.device)
         ids = ids.to(self.device)
         x = SAMPLERS[sampler](process, f, noise, None if labels is None else labels[ids%n], clip=clip)
         x = decode(x) if decode else x
-        if out is None: out = x.new_zeros(max(n, self.comm.world), *x.shape[1:])
+        if out is None: out = x.new_zeros(each*self.comm.world, *x.shape[1:])
         out[ids] = x
     return self.comm.total(out)[:n]
 
@@ -394,13 +428,13 @@ def validate(self:Trainer, data, # a set held out
     "Loss of the average on a held-out set, with the same draws every time. This waits for the device."
     m, n, batch = self.model, len(data), batch or -(-(self.hi-self.lo)//self.accumulate)
     sums = torch.zeros(4, 2, device=self.device)
-    for lo in range(self.comm.rank*batch, n, self.comm.world*batch):
-        hi = min(n, lo+batch)
+    for start in range(0, n, self.comm.world*batch):                    # as often on all processes
+        lo = min(start+self.comm.rank*batch, n-1); hi = min(n, lo+batch)
         x, y, _ = next(iter(data.batches(self.seed, n, 0, 1, lo, hi)))
         d = draw_numbers(self.seed, 'val', lo, hi, (m.in_channels, *m.input_size), self.device)
         loss = self.process.loss(self.ema, to_model(data, x.to(self.device), None, self.seed, 'val', lo), y.to(self.device), d)['loss']
         quarter = (d.u*4).long().clamp(max=3)                           # (B,)
-        sums.index_add_(0, quarter, torch.stack([loss, torch.ones_like(loss)], 1))
+        if start+self.comm.rank*batch<n: sums.index_add_(0, quarter, torch.stack([loss, torch.ones_like(loss)], 1))
     sums = self.comm.total(sums)
     total, count = sums.sum(0).tolist()
     return total/count, (sums[:,0]/sums[:,1]).tolist()
@@ -706,7 +740,7 @@ def checkpoint(self:Trainer, run, # a `Run`
 def checkpoint_bytes(self:Trainer): # bytes
     "The size of a checkpoint: model, average and two moments a parameter."
     size = lambda ts: sum(t.numel()*t.element_size() for t in ts)
-    return size(self.model.state_dict().values()) + size(self.ema.state_dict().values()) + 2*size(self.params)
+    return size(self.model.state_dict().values()) + size(self.ema.state_dict().values()) + 2*size(self.learned.values())
 
 def check_room(folder, # where checkpoints will go
                need, # bytes
