@@ -79,10 +79,13 @@ def faster(model, # a `DiT`, changed in place where `grad_checkpoint`
            compiled=False, # by torch.compile
            grad_checkpoint=False, # forget activations and compute them again
            share=None, # how several processes share its gradients: model → module; None: one process
+           by_block=False, # compile block by block: for a model whose blocks are fetched one by one (chapter 11)
           ): # what the trainer calls in place of the model
     "Everything of this chapter, in the order that works: checkpointing inside, then the compiler, other processes, and precision outside."
     if grad_checkpoint: checkpoint_blocks(model)
-    net = torch.compile(model, dynamic=False) if compiled else model
+    if compiled and by_block:
+        for b in model.blocks: b.forward = torch.compile(b.forward, dynamic=False)
+    net = torch.compile(model, dynamic=False) if compiled and not by_block else model
     if share: net = share(net)
     return net if precision=='no' else in_half(net, PRECISIONS[precision], device)
 

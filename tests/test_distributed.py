@@ -16,7 +16,8 @@ def lines(r): return [l for l in r.stderr.splitlines() if l.startswith('mixmix_n
 def work(tmp_path_factory):
     "Everything that ends well, in one launch for each number of processes."
     d = tmp_path_factory.mktemp('together')
-    for n, tasks in (2, 'fp32 accumulate fp64 begin go-on stop'), (1, 'fp32 accumulate fp64 go-on'), (4, 'fp32 fp64 go-on stop'):
+    for n, tasks in ((2, 'fp32 accumulate fp64 begin go-on stop clip+shard fp64+shard go-on+shard overflow'), (4, 'fp32 fp64 go-on stop clip+shard begin+shard go-on+shard'),
+                     (1, 'fp32 accumulate fp64 go-on clip from-shards')):
         r = together(n, d, *tasks.split())
         assert r.returncode==0, r.stderr[-3000:]
     return d
@@ -28,19 +29,36 @@ def gap(work, a, b):
     far = lambda u, v: max((u[k]-v[k]).abs().max().item() for k in u)
     return max(far(a['model'], b['model']), far(a['ema'], b['ema']), *(far({k: v for k,v in a['opt'][n].items()}, b['opt'][n]) for n in a['opt']))
 
-@pytest.mark.parametrize('other', ['fp32-2', 'fp32-4', 'accumulate-1', 'accumulate-2', 'go-on-1', 'go-on-2', 'go-on-4'])
+@pytest.mark.parametrize('other', ['fp32-2', 'fp32-4', 'accumulate-1', 'accumulate-2', 'go-on-1', 'go-on-2', 'go-on-4', 'go-on+shard-2', 'go-on+shard-4', 'from-shards-1'])
 def test_same_weights(work, other, say):
     "20 steps: on 1, 2 and 4 processes, accumulated, and begun on 2 processes and ended on 1, 2 or 4."
     g = gap(work, 'fp32-1', other)
     say(f'{other}: {g:.1e} from one process, fp32, 20 steps')
     assert g<1e-6
 
-@pytest.mark.parametrize('other', ['fp64-2', 'fp64-4'])
+@pytest.mark.parametrize('other', ['fp64-2', 'fp64-4', 'fp64+shard-2'])
 def test_same_weights_in_float64(work, other, say):
     g = gap(work, 'fp64-1', other)
     say(f'{other}: {g:.1e} from one process, float64, 100 steps')
     assert torch.load(work/'fp64-1.pt', weights_only=True)['model']['x_embedder.proj.weight'].dtype==torch.float64
     assert g<1e-10
+
+@pytest.mark.parametrize('n', [2, 4])
+def test_in_shards(work, n, say):
+    "Clipped, in parts, with blocks computed twice, in shards: weights, pictures and losses of one process, and each holds its share."
+    g = gap(work, 'clip-1', f'clip+shard-{n}')
+    say(f'clip+shard-{n}: {g:.1e} from one process, fp32, 20 steps')
+    assert g<1e-6
+    one, mine = (torch.load(work/f'{f}-{k}.pt', weights_only=True) for f,k in (('clip', 1), ('clip+shard', n)))
+    for at in ('first', 'then'):
+        assert (one[at]['picture']-mine[at]['picture']).abs().max()<1e-4 and torch.allclose(one[at]['val'], mine[at]['val'], atol=1e-6)
+    assert (one['first']['picture']-one['then']['picture']).abs().max()>1e-3, 'the average did not move'
+    held = [int(v.split()[0]) for v in mine['numbers']]
+    assert len(held)==n and sum(held)==int(one['numbers'][0].split()[0]) and max(held)<1.2*sum(held)/n
+
+def test_overflow_in_one_shard(work):
+    "All skip the step and all scalers fall alike."
+    assert json.loads((work/'overflow.json').read_text())==['scale 32768 skipped 1 kept True moved True']
 
 @pytest.mark.parametrize('n', [1, 2, 4])
 def test_no_image_twice_or_missed(work, n):
