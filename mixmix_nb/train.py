@@ -8,8 +8,8 @@ __all__ = ['DEFAULTS', 'RECIPES', 'KINDS', 'AT_LEAST', 'BELOW_ONE', 'ONE_OF', 'F
            'open_pictures', 'open_set', 'cached', 'prepare_data', 'build_model', 'build_process', 'check_steps',
            'check_results', 'versions', 'differs', 'check_same', 'place', 'check_data', 'read_config', 'same_data',
            'agrees', 'find_run', 'newest_checkpoint', 'run_folder', 'read_resumable', 'open_run', 'check_trackers',
-           'numbers', 'trackers', 'make_trainer', 'utilisation_of', 'remarks', 'results_of', 'plan', 'begin', 'how',
-           'batch_that_fits', 'memory_of', 'memory_advice', 'launch', 'launch_on', 'open_together', 'hold_new',
+           'numbers', 'trackers', 'make_trainer', 'utilisation_of', 'remarks', 'results_of', 'batch_that_fits',
+           'memory_of', 'memory_advice', 'plan', 'begin', 'how', 'launch', 'launch_on', 'open_together', 'hold_new',
            'nothing_to_do', 'decoder', 'class_words', 'preview_names', 'run_loop', 'train', 'main', 'synonyms']
 
 # %% ../nbs/12_train.ipynb #095c1b48
@@ -23,7 +23,7 @@ DEFAULTS = dict(data_path='digits', model='DiT-S/4', batch_size=16, epochs=100, 
     beta2=.999, grad_clip=0., class_dropout_prob=.1, ema_decay=.9999, ema_warmup=True, prediction='eps', schedule='linear', mixer='attention',
     val_fraction=0., ckpt_every=10000, ckpt_minutes=0., keep_ckpts=0, log_every=100, sample_steps='250', sampler='ddpm', cfg_scale=4.,
     num_sample_images=16, results_dir='results', num_workers=4, global_seed=0, device='auto', accumulate=1, mixed_precision='no', compile='auto',
-    grad_checkpoint=False, cache_latents=False, tensorboard=False, wandb=False)
+    grad_checkpoint=False, shard=False, cache_latents=False, tensorboard=False, wandb=False)
 
 # %% ../nbs/12_train.ipynb #e4906d54
 RECIPES = {'digits': dict(model='DiT-N/2', batch_size=32, steps=2400, lr=2e-3, warmup=50, lr_schedule='cosine', ema_decay=.995, prediction='v',
@@ -240,7 +240,7 @@ def versions(): # dict
 
 # %% ../nbs/12_train.ipynb #13a58a33
 FREE = {'steps','epochs','num_workers','log_every','ckpt_every','ckpt_minutes','keep_ckpts','sample_steps','sampler','cfg_scale',
-        'num_sample_images','results_dir','resume','device','data_path','accumulate','mixed_precision','compile','grad_checkpoint','cache_latents',
+        'num_sample_images','results_dir','resume','device','data_path','accumulate','mixed_precision','compile','grad_checkpoint','shard','cache_latents',
         'tensorboard','wandb'}
 
 def differs(given, # options that the user gave
@@ -403,11 +403,15 @@ def make_trainer(o, # dict of options
     o['mixed_precision'] = choose_precision(o['mixed_precision'], device)
     o['compile'] = 'on' if choose_compile(o['compile'], device, steps) else 'off'
     allow_tf32(device)
-    share = comm.wrap if comm and comm.world>1 else None
-    wrap = lambda net: faster(net, device, o['mixed_precision'], o['compile']=='on', o['grad_checkpoint'], share)
+    several, hold = comm is not None and comm.world>1, None
+    if several and o['shard']:
+        from mixmix_nb.distributed import Shards
+        hold = Shards(comm)
+    share = comm.wrap if several and not hold else None
+    wrap = lambda net: faster(net, device, o['mixed_precision'], o['compile']=='on', o['grad_checkpoint'], share, hold is not None)
     trainer = Trainer(net, process, data, o['global_batch_size'], steps, o['global_seed'], o['lr'], o['warmup'], o['lr_schedule'],
         o['weight_decay'], o['beta2'], o['grad_clip'], o['ema_decay'], o['ema_warmup'], o['flip'], device,
-        o['accumulate'], wrap, make_scaler(o['mixed_precision'], device), comm)
+        o['accumulate'], wrap, make_scaler(o['mixed_precision'], device), comm, hold)
     trainer.busy = utilisation_of(net, o, device)
     return trainer
 
@@ -430,11 +434,12 @@ def remarks(o, # all options, choices made
     from mixmix_nb.speed import slow_precision
     slow = slow_precision(o['mixed_precision'], device)
     kind = dict(stored, device_type=stored.get('device_type', device.type)) if stored else {}
-    changed = [flag(k) for k in ('mixed_precision','compile','accumulate','grad_checkpoint') if k in kind and kind[k]!=o[k]]
+    changed = [flag(k) for k in ('mixed_precision','compile','accumulate','grad_checkpoint','shard') if k in kind and kind[k]!=o[k]]
     if kind and kind['device_type']!=device.type: changed.append('the kind of device')
     if kind and kind.get('processes', 1)!=world_size(): changed.append(f'{kind.get("processes", 1)} → {world_size()} processes')
     exact = f'resumed with other choices ({", ".join(changed)}): right, but no longer the same to the last bit' if changed else None
-    return [l for l in (slow, exact) if l]
+    alone = '--shard: one process has nobody to share the model with, and holds all of it' if o['shard'] and world_size()==1 else None
+    return [l for l in (slow, alone, exact) if l]
 
 def results_of(given, # options that the user gave
                o, # all options
@@ -445,7 +450,42 @@ def results_of(given, # options that the user gave
     folder = run.path.parent if run else given.get('results_dir') or (home.parent if home else o['results_dir'])
     return str(Path(folder).expanduser())
 
-# %% ../nbs/12_train.ipynb #11965a17
+# %% ../nbs/12_train.ipynb #9b37b703
+def batch_that_fits(model, # a `DiT`, on any device, meta too
+                    batch, # images a step that were too many
+                    total, # bytes that the device has
+                    processes=1, # that share one model
+                   ): # images a step; 0 where not even one would fit
+    "The largest half, quarter, … of `batch` whose training fits into 80 % of the memory."
+    from mixmix_nb.models import num_params, training_memory
+    elsewhere, batch = 20*num_params(model)*(1-1/processes), batch//2
+    while batch and training_memory(model, batch)-elsewhere>.8*total: batch //= 2
+    return batch
+
+def memory_of(device, # a torch.device
+             ): # bytes
+    "The memory that a device has: a graphics card's own, else the machine's."
+    import torch
+    return torch.cuda.mem_get_info(device)[1] if device.type=='cuda' else os.sysconf('SC_PAGE_SIZE')*os.sysconf('SC_PHYS_PAGES')
+
+@contextmanager
+def memory_advice(o, # dict of all options
+                  device, # a torch.device
+                 ):
+    "Turn «out of memory» into one line with what would fit and changes nothing else."
+    import torch
+    try: yield
+    except (MemoryError, RuntimeError) as e:
+        if not (isinstance(e, MemoryError) or 'out of memory' in str(e) or 'allocate memory' in str(e)): raise
+        n = o['batch_size']; part = n//o['accumulate']
+        with torch.device('meta'): model = build_model(o)
+        b = batch_that_fits(model, part, memory_of(device), world_size() if o['shard'] else 1)
+        parts = next(p for p in range(-(-n//b), n+1) if n%p==0) if b else 0
+        better = f'--accumulate {parts} ({n//parts} at a time, the same result) should fit' if b else 'fewer images at a time will not do'
+        raise RunError(f'out of memory at --batch-size {n}, {part} image(s) at a time; {better}; or --grad-checkpoint, '
+                       f'{"" if o["shard"] else "--shard on several devices, "}or a smaller --model') from None
+
+# %% ../nbs/12_train.ipynb #82cf77fe
 def plan(given, # options that the user gave
          run=None, # the `Run` to go on with
          ckpt=None, # the checkpoint to go on from
@@ -461,12 +501,13 @@ def plan(given, # options that the user gave
     data = open_set(o, device)
     check_data(o, stored)
     o.setdefault('learn_sigma', o['prediction']=='eps')
-    net, process = build_model(o), build_process(o)
+    process = build_process(o)
     check_steps(process, o['sample_steps'], 'sample_steps')
-    train_set, val = prepare_data(o, device, data)
-    trainer = make_trainer(o, net, process, train_set, device, comm)
-    check_results(o['results_dir'], trainer.checkpoint_bytes())
-    if ckpt: trainer.load_state_dict(ckpt, given['resume'])
+    with memory_advice(o, device):
+        net, (train_set, val) = build_model(o), prepare_data(o, device, data)
+        trainer = make_trainer(o, net, process, train_set, device, comm)
+        check_results(o['results_dir'], trainer.checkpoint_bytes())
+        if ckpt: trainer.load_state_dict(ckpt, given['resume'])
     o['remarks'], o['device_type'], o['processes'] = remarks(o, stored, device), device.type, world_size()
     return o | dict(data_path=place(o['data_path'])), trainer, val
 
@@ -491,39 +532,10 @@ def begin(run, # a `Run`
 def how(o, # dict of options
        ): # the rest of a sentence
     "Choices that are not the plain ones."
+    several = world_size()>1
     parts = [f'in {o["accumulate"]} parts' if o['accumulate']>1 else '', f'in {o["mixed_precision"]}' if o['mixed_precision']!='no' else '',
-             f'{world_size()} processes' if world_size()>1 else '', 'compiled' if o['compile']=='on' else '', 'blocks computed twice' if o['grad_checkpoint'] else '', f'latents of {o["vae"]}' if o['vae']!='none' else '']
+             f'{world_size()} processes{" that share one model" if o["shard"] else ""}' if several else '', 'compiled' if o['compile']=='on' else '', 'blocks computed twice' if o['grad_checkpoint'] else '', f'latents of {o["vae"]}' if o['vae']!='none' else '']
     return ''.join(f', {p}' for p in parts if p)
-
-# %% ../nbs/12_train.ipynb #9b37b703
-def batch_that_fits(model, # a `DiT`; it is moved to the meta device, where it needs no memory
-                    batch, # images a step that were too many
-                    total, # bytes that the device has
-                   ): # images a step, at least 1
-    "The largest half, quarter, … of `batch` whose training fits into 80 % of the memory."
-    from mixmix_nb.models import training_memory
-    model, batch = model.to('meta'), max(1, batch//2)
-    while batch>1 and training_memory(model, batch)>.8*total: batch //= 2
-    return batch
-
-def memory_of(device, # a torch.device
-             ): # bytes
-    "The memory that a device has: a graphics card's own, else the machine's."
-    import torch
-    return torch.cuda.mem_get_info(device)[1] if device.type=='cuda' else os.sysconf('SC_PAGE_SIZE')*os.sysconf('SC_PHYS_PAGES')
-
-@contextmanager
-def memory_advice(trainer, # a `Trainer`
-                 ):
-    "Turn «out of memory» into one line with what would fit and changes nothing else."
-    try: yield
-    except (MemoryError, RuntimeError) as e:
-        if not (isinstance(e, MemoryError) or 'out of memory' in str(e) or 'allocate memory' in str(e)): raise
-        n = trainer.hi-trainer.lo; part = n//trainer.accumulate
-        b = batch_that_fits(trainer.model, part, memory_of(trainer.device))
-        parts = next(p for p in range(-(-n//b), n+1) if n%p==0)
-        better = f'--accumulate {parts} ({n//parts} at a time, the same result) should fit' if part>1 else 'nothing smaller than one image can be tried'
-        raise RunError(f'out of memory at --batch-size {n}, {part} image(s) at a time; {better}; or --grad-checkpoint, or a smaller --model') from None
 
 # %% ../nbs/12_train.ipynb #d069922f
 def launch(given, # options that the user gave, each of its type
@@ -548,7 +560,7 @@ def launch_on(comm, # the processes of the run; None: this one alone
         if ckpt and done==total: return nothing_to_do(run.path if run else given['resume'], done)
         run = run or hold_new(o, comm)
         begin(run, o, trainer)
-        with memory_advice(trainer): run_loop(trainer, run, o, val)
+        with memory_advice(o, trainer.device): run_loop(trainer, run, o, val)
         return run.path
     finally:
         if run: run.unlock()
@@ -567,7 +579,7 @@ def open_together(comm, # the processes of the run; None: this one alone
         return [mine[0] and str(mine[0].path), mine[1] and str(mine[1])]
     path, file = comm.first(choose)
     if mine: return mine[0], mine[2]
-    return path and OtherRank(path), file and read_checkpoint(file)
+    return path and OtherRank(path), file and read_checkpoint(file, mmap=True)      # its checksums are right: the first has read it
 
 def hold_new(o, # dict of options
              comm=None, # the processes of the run; None: this one alone
@@ -658,6 +670,7 @@ def train(
     mixed_precision:str=None, # no, bf16, fp16; alone: the best that the device has
     compile:str=None, # auto (CUDA, long runs), on, off
     grad_checkpoint:bool=None, # compute blocks twice, to save memory
+    shard:bool=None, # under torchrun: spread weights, average and optimizer over the processes (FSDP)
     resume:str=None, # a checkpoint, or auto: the newest run that agrees
     ckpt_every:int=None, # steps between checkpoints
     ckpt_minutes:float=None, # minutes between checkpoints
