@@ -6,8 +6,8 @@
 __all__ = ['PARTS', 'METERS', 'COLUMNS', 'to_float', 'update_ema', 'ema_decay', 'mirror', 'lr_at', 'has_fused', 'make_optimizer',
            'OneProcess', 'Whole', 'Trainer', 'to_model', 'why_unreadable', 'check_sums', 'read_checkpoint',
            'load_weights', 'NoWaiting', 'clip_grads', 'preview_labels', 'RunLog', 'Run', 'run_number', 'claim',
-           'new_run', 'close_in_children', 'csv_lines', 'save_image', 'StopSignal', 'Stopwatch', 'peak_memory',
-           'check_room']
+           'new_run', 'close_in_children', 'csv_lines', 'titled', 'save_image', 'StopSignal', 'Stopwatch',
+           'peak_memory', 'check_room']
 
 # %% ../nbs/09_training.ipynb #f49c4684
 import copy, csv, errno, json, math, os, shutil, signal, sys, time, warnings, weakref, zipfile
@@ -273,13 +273,17 @@ def load_state_dict(self:Trainer, ckpt, # from `state_dict`
                     name='checkpoint', # what to call it in messages
                    ):
     "Go back to where `ckpt` was taken. Raises `UserError` where it lacks something or is of another model."
-    lacks = [k for k in ('model','ema','opt','meter','train_steps') if k not in ckpt]
+    kinds = dict(model=dict, ema=dict, opt=dict, meter=dict, train_steps=int)
+    lacks = [k for k,t in kinds.items() if not isinstance(ckpt.get(k), t)]
     if ckpt.get('train_steps') and not ckpt.get('opt'): lacks.append('optimizer')
-    if lacks: raise UserError(f'{name} cannot be resumed: it has no {", ".join(lacks)}')
+    if lacks: raise UserError(f'{name} cannot be resumed: it has no {", ".join(dict.fromkeys(lacks))}')
     for m,k in ((self.model, 'model'), (self.ema, 'ema')): load_weights(m, ckpt[k], name, self.hold)
-    self.load_moments(ckpt['opt'], name)
-    if self.scaler and ckpt.get('scaler'): self.scaler.load_state_dict(ckpt['scaler'])
-    self.meter = {k: ckpt['meter'][k].to(self.device, copy=True) for k in METERS}
+    try:
+        self.load_moments(ckpt['opt'], name)
+        if self.scaler and ckpt.get('scaler'): self.scaler.load_state_dict(ckpt['scaler'])
+        self.meter = {k: ckpt['meter'][k].to(self.device, copy=True) for k in METERS}
+    except (KeyError, TypeError, AttributeError) as e:
+        raise UserError(f'{name} cannot be resumed: what it holds is damaged ({type(e).__name__}: {e})') from None
     self.step_no, self.bad_files = ckpt['train_steps'], set(ckpt.get('bad_files', ()))
 
 # %% ../nbs/09_training.ipynb #9aca72cc
@@ -603,13 +607,30 @@ def draw_curves(self:Run):
         if values and max(values)>10*min(values)>0: ax.set_yscale('log')
     write_whole(self.path/'curves.png', lambda f: fig.savefig(f, format='png', dpi=100))
 
+def titled(im, # an image, (C,H,W) in [-1,1]
+           title, # a text
+           scale=1, # each pixel becomes scale×scale pixels
+          ): # uint8 (3,H',W)
+    "An image with a line of text above it, cut where it is wider than the image."
+    import numpy as np
+    from PIL import Image, ImageDraw
+    im = Image.fromarray(make_grid(im[None], pad=0, scale=scale).numpy())
+    page = Image.new('RGB', (im.width, im.height+13), 'white'); page.paste(im, (0, 13))
+    pen, title = ImageDraw.Draw(page), str(title).encode('latin-1', 'replace').decode('latin-1')
+    while title and pen.textlength(title)>im.width: title = title[:-1]
+    pen.text((0, 1), title, fill='black')
+    return torch.from_numpy(np.array(page)).permute(2, 0, 1)
+
 def save_image(path, # where to
                x, # images, (N,C,H,W) in [-1,1]
                cols=None, # images in a row; about a square when not given
+               titles=None, # one text an image
               ):
     "Write a grid of images as a PNG, small ones magnified to be seen; whole or absent."
     from PIL import Image
-    g = make_grid(x, cols, pad=2, scale=max(1, round(64/x.shape[-1])))
+    scale = max(1, round(64/x.shape[-1]))
+    if titles: x, scale = torch.stack([titled(im, t, scale) for im,t in zip(x, titles)]), 1
+    g = make_grid(x, cols, pad=2, scale=scale)
     write_whole(path, lambda f: Image.fromarray(g.numpy()).save(f, 'PNG'))
 
 # %% ../nbs/09_training.ipynb #9aff0cf9
@@ -762,15 +783,18 @@ def get_ready(self:Trainer, run, # a `Run`
 @patch
 def show(self:Trainer, run, # a `Run`
          name, # of the picture
-         preview, # arguments of `Trainer.preview`; n=0: no picture
+         preview, # arguments of `Trainer.preview`, n=0: no picture; `words`: names of the classes
         ):
     "Write a picture of samples (a column a class, if few) and the curves; where that fails, say so and go on."
-    n, k = preview.get('n', 16), self.model.num_classes
+    n, k, words = preview.get('n', 16), self.model.num_classes, preview.get('words')
+    preview = {a: v for a,v in preview.items() if a!='words'}
     try:
         cols = k if 1<k<=min(n, 20) else None
         x = self.preview(**preview) if n else None                      # on all processes
         if self.comm.rank: return
-        if n: save_image(run.samples/f'{name}.png', x, cols)
+        named = n and k and words and not all(w.isdecimal() for w in words)      # numbers need no words
+        titles = [words[i] for i in preview_labels(k, n, self.seed).tolist()] if named else None
+        if n: save_image(run.samples/f'{name}.png', x, cols, titles)
         run.draw_curves()
     except OSError as e: run.log(f'pictures of {name} could not be written: {e.strerror or e}')
 
