@@ -10,7 +10,8 @@ __all__ = ['DEFAULTS', 'RECIPES', 'KINDS', 'AT_LEAST', 'BELOW_ONE', 'ONE_OF', 'F
            'agrees', 'find_run', 'newest_checkpoint', 'run_folder', 'read_resumable', 'open_run', 'check_trackers',
            'numbers', 'trackers', 'make_trainer', 'utilisation_of', 'remarks', 'results_of', 'batch_that_fits',
            'memory_of', 'memory_advice', 'plan', 'begin', 'how', 'launch', 'launch_on', 'open_together', 'hold_new',
-           'nothing_to_do', 'decoder', 'class_words', 'preview_names', 'run_loop', 'train', 'main', 'synonyms']
+           'nothing_to_do', 'decoder', 'class_words', 'all_words', 'preview_names', 'run_loop', 'train', 'main',
+           'synonyms']
 
 # %% ../nbs/12_train.ipynb #095c1b48
 import json, math, os, shutil, subprocess, sys
@@ -84,6 +85,7 @@ def check_options(o, # dict of options, each of its type
                  ):
     "Refuse values that cannot work, before anything is read or written."
     has = lambda names: ((k, o[k]) for k in names if o.get(k) is not None)
+    for k,v in o.items(): check(v!='', f'{flag(k)} is empty; leave it away, or give it a value')
     for k,v in has(AT_LEAST): check(v>=AT_LEAST[k], f'{flag(k)} must be at least {AT_LEAST[k]}, got {v}')
     for k,v in has(BELOW_ONE): check(0<=v<1, f'{flag(k)} must be from 0 to below 1, got {v}')
     for k,v in has(ONE_OF): check(v in ONE_OF[k], f'{flag(k)} must be one of {", ".join(ONE_OF[k])}, got {v}')
@@ -128,14 +130,15 @@ def check_classes(o, # dict of options
 def open_latents(o, # dict of options
                 ): # a `LatentData`
     "Open a cache of latents. Raises `UserError` where the options are not those it was made with."
-    from mixmix_nb.latents import open_cache
+    from mixmix_nb.latents import load_vae, open_cache
     data = open_cache(o['data_path']); meta = data.meta
     check(o.get('image_size', meta['image_size'])==meta['image_size'], f'--image-size {o.get("image_size")}, but the latents in {o["data_path"]} are of images of {meta["image_size"]} pixels; leave it away')
     vae = o.get('vae') or meta['vae']
     here = str(Path(vae).expanduser().resolve()) if Path(vae).expanduser().is_dir() else vae
-    check(meta['vae'] in (vae, here), f'--vae {o.get("vae")}, but the latents in {o["data_path"]} were made with {meta["vae"]}; leave --vae away')
+    if meta['vae'] not in (vae, here):
+        check(load_vae(vae).fingerprint()==meta['vae_fingerprint'], f'--vae {vae}, but the latents in {o["data_path"]} were made with {meta["vae"]}; leave --vae away')
     check(data.flip or not o.get('flip'), f'the latents in {o["data_path"]} have no mirror images; leave --flip away, or encode again')
-    o.update(image_size=meta['image_size'], vae=meta['vae'], pictures=meta['data_fingerprint'])
+    o.update(image_size=meta['image_size'], vae=here if o.get('vae') else meta['vae'], pictures=meta['data_fingerprint'])
     return data
 
 def open_pictures(o, # dict of options
@@ -608,6 +611,8 @@ def decoder(trainer, # a `Trainer`
     from mixmix_nb.latents import load_vae
     try: vae = getattr(trainer.data, 'vae', None) or load_vae(o['vae'], trainer.device)
     except UserError as e: run.log(f'no previews: {e}'); return dict(n=0)
+    meta = getattr(trainer.data, 'meta', None)
+    if meta and meta['vae_fingerprint']!=vae.fingerprint(): run.log(f'no previews: the autoencoder {o["vae"]} is not the one that made these latents'); return dict(n=0)
     return dict(clip=False, decode=vae.decode)
 
 def class_words(classes, # names of class folders
@@ -619,12 +624,18 @@ def class_words(classes, # names of class folders
     known = set(info.label_names())
     return [info.label_name_to_description(c).split(',')[0] if c in known else c for c in classes]
 
+def all_words(o, # dict of options
+             ): # list of texts, one a class
+    "A name for each class, of those that the data lacks, too."
+    words = class_words(o['classes'])
+    return words and words + [f'class {i}' for i in range(len(words), o['num_classes'])]
+
 def preview_names(o, # dict of options
                  ): # a line for the log, or ''
     "Which classes the previews show, in their order."
     from mixmix_nb.training import preview_labels
-    n, k, words = o['num_sample_images'], o['num_classes'], class_words(o['classes'])
-    if not n or not words or k!=len(words): return ''
+    n, k, words = o['num_sample_images'], o['num_classes'], all_words(o)
+    if not n or not words: return ''
     ids = preview_labels(k, n, o['global_seed']).tolist()
     return 'previews show: ' + ', '.join(words[i] for i in dict.fromkeys(ids))
 
@@ -634,11 +645,11 @@ def run_loop(trainer, # a `Trainer`
              val, # the validation set, or None
             ):
     "Train to the end, or to a signal."
-    preview = dict(n=o['num_sample_images'], steps=o['sample_steps'], cfg_scale=o['cfg_scale'], sampler=o['sampler']) | decoder(trainer, run, o)
+    preview = dict(n=o['num_sample_images'], steps=o['sample_steps'], cfg_scale=o['cfg_scale'], sampler=o['sampler'], words=all_words(o)) | decoder(trainer, run, o)
     if names := preview_names(o): run.log(names)
     if rank()==0: run.trackers = trackers(run, o)
     done = trainer.fit(run, o, val, o['ckpt_every'], o['ckpt_minutes'], o['keep_ckpts'], o['log_every'], o['num_workers'], preview)
-    if done: run.log(f'done: {run.samples/"final.png" if o["num_sample_images"] else run.ckpts/"final.pt"}')
+    if done: run.log(f'done: {run.samples/"final.png" if preview["n"] else run.ckpts/"final.pt"}')
 
 # %% ../nbs/12_train.ipynb #6eb426a9
 def train(
