@@ -1,0 +1,67 @@
+"The training command under torchrun: a rank that dies is started again, a signal to torchrun stops all, and any number of processes goes on."
+import os, signal, subprocess, sys
+from pathlib import Path
+import pytest, torch
+from conftest import child_env, python
+
+RUN = '--model DiT-N/8 --global-batch-size 32 --steps 24 --ckpt-every 6 --keep-ckpts 2 --log-every 5 --num-sample-images 0 --resume auto'.split()
+
+def torchrun(folder, n, *options):
+    cmd = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={n}', *options[:-1], '-m', 'mixmix_nb.train', *RUN, *options[-1].split()]
+    return subprocess.Popen(cmd, cwd=folder, env=child_env(OMP_NUM_THREADS='1', MIXMIX_TIMEOUT='30'), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+def read_until(p, text):
+    said = []
+    for line in p.stdout:
+        said.append(line)
+        if text in line: return ''.join(said)
+    raise AssertionError(f'{text!r} was not said:\n{"".join(said)}')
+
+def ranks(p):
+    "The pids of the processes that torchrun has started."
+    found = [int(c) for c in Path(f'/proc/{p.pid}/task/{p.pid}/children').read_text().split() if b'mixmix_nb.train' in Path(f'/proc/{c}/cmdline').read_bytes().split(b'\0')]
+    env = lambda c: dict(v.split('=', 1) for v in Path(f'/proc/{c}/environ').read_text().split('\0') if '=' in v)
+    return {int(env(c)['RANK']): c for c in found}
+
+def final(folder):
+    run, = (folder/'results').iterdir()
+    assert not list(run.rglob('*.tmp'))
+    return torch.load(run/'checkpoints'/'final.pt', weights_only=True)
+
+def gap(a, b): return max((a[k][n]-b[k][n]).abs().max().item() for k in ('model', 'ema') for n in a[k])
+
+@pytest.fixture(scope='module')
+def alone(tmp_path_factory):
+    d = tmp_path_factory.mktemp('alone')
+    r = python('-m', 'mixmix_nb.train', *RUN, cwd=d)
+    assert r.returncode==0, r.stderr
+    return final(d)
+
+@pytest.mark.skipif(not Path('/proc/self/task').exists(), reason='no /proc to find the ranks in')
+def test_a_rank_that_dies_is_started_again(alone, tmp_path, say):
+    "--max-restarts: all ranks begin anew and go on from the newest checkpoint."
+    p = torchrun(tmp_path, 2, '--max-restarts=1', '')
+    read_until(p, 'wrote checkpoints/0000006.pt')
+    os.kill(ranks(p)[1], signal.SIGKILL)
+    out, _ = p.communicate(timeout=120)
+    assert p.returncode==0 and ', from step ' in out and 'done' in out, out[-3000:]
+    g = gap(final(tmp_path), alone)
+    say(f'one of two ranks killed, started again by torchrun: {g:.0e} from one process')
+    assert g<1e-6
+
+@pytest.mark.skipif(not Path('/proc/self/task').exists(), reason='no /proc to find the ranks in')
+def test_a_signal_to_torchrun_stops_all_and_others_go_on(alone, tmp_path, say):
+    "SIGUSR1 to the agent, passed on: one checkpoint, one step; then four processes that share the model go on to the end."
+    p = torchrun(tmp_path, 2, '--signals-to-handle=SIGTERM,SIGINT,SIGUSR1', '--shutdown-timeout=60', '')
+    read_until(p, ' loss ')
+    p.send_signal(signal.SIGUSR1)
+    out, _ = p.communicate(timeout=90)
+    assert 'stopped by SIGUSR1 at step' in out and out.count('stopped by')==1, out[-3000:]
+    step = int(out.split('stopped by SIGUSR1 at step ')[1].split()[0])
+    assert (tmp_path/'results'/'000-DiT-N-8'/'checkpoints'/f'{step:07d}.pt').exists()
+    p = torchrun(tmp_path, 4, '--shard')
+    out, _ = p.communicate(timeout=120)
+    assert p.returncode==0 and f'4 processes that share one model, from step {step}' in out and 'last bit' in out, out[-3000:]
+    g = gap(final(tmp_path), alone)
+    say(f'stopped on 2 processes at step {step}, ended on 4 that share the model: {g:.0e} from one process')
+    assert g<1e-6
