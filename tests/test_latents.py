@@ -16,6 +16,13 @@ def tiny_model(cls='AutoencoderKL'):
     return diffusers.AutoencoderKL(block_out_channels=(8,8,8), norm_num_groups=4, mid_block_add_attention=False, scaling_factor=.7, shift_factor=.1,
         down_block_types=('DownEncoderBlock2D',)*3, up_block_types=('UpDecoderBlock2D',)*3)
 
+@pytest.fixture(scope='module', autouse=True)
+def one_thread():
+    "Sums of floats depend on how many threads share them, to the last bit; here as in the child processes there is one."
+    n = torch.get_num_threads(); torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n)
+
 @pytest.fixture(scope='module')
 def stuff(tmp_path_factory):
     "A folder with `photos/` (three classes, two broken files), `vae/`, and `whole/`, the cache made without disturbance."
