@@ -425,8 +425,8 @@ assert not heavy, heavy'''
     assert r.returncode==0 and '--skip-download' in r.stdout, r.stdout+r.stderr
     import shlex
     from mixmix_nb.core import parser
-    from mixmix_nb.train import train
+    from mixmix_nb.train import synonyms, train
     run(server, tmp_path/'a b', '--val-only')
     command = re.search(r'train on it: (.*)', capsys.readouterr().out)[1]
-    given = vars(parser(train).parse_args(shlex.split(command)[3:]))
-    assert Path(given['data_path']).samefile(tmp_path/'a b/imagefolder/val') and given['num_classes']==80
+    given = vars(parser(train).parse_args(synonyms(shlex.split(command)[3:])))
+    assert Path(given['data_path']).samefile(tmp_path/'a b/imagefolder/val') and given['num_classes']==80 and given['mixed_precision']=='best'
