@@ -349,7 +349,7 @@ def test_keep_zips_and_skip_download(server, small, tmp_path):
 # ---- one line, status 2
 
 @pytest.mark.parametrize('options,says', [('--val-only --include-val', 'not both'), ('--label smallest', '--label must be one of'), ('--link magic', '--link must be one of'),
-    ('--base-url images.cocodataset.org', '--base-url must begin'), ('--checksums nowhere.json', '--checksums nowhere.json'), ('--checksums {here}/list.json', 'is no table'),
+    ('--base-url images.cocodataset.org', '--base-url must begin'), ('--base-url http://[bad', '--base-url'), ('--base-url http://x:abc', '--base-url'), ('--base-url http://x:99999', '--base-url'), ('--checksums nowhere.json', '--checksums nowhere.json'), ('--checksums {here}/list.json', 'is no table'),
     ('--output-dir {here}/a_file', '--output-dir'), ('--output-dir {here}/o --skip-download', 'is not there'), ('--output-dir {here}/o --base-url {base}/nothing', 'the server says 404'),
     ('--output-dir {here}/o --checksums {here}/wrong_size.json', 'another file'), ('--out-dir x', 'did you mean --output-dir')])
 def test_bad_input_is_one_line(server, small, tmp_path, capsys, monkeypatch, options, says):
