@@ -11,8 +11,8 @@ __all__ = ['OFFICIAL', 'ANNOTATIONS', 'CATEGORIES', 'SMALL_OBJECTS', 'SMALL_CROW
            'opened', 'hidden', 'unpack_folder', 'flush', 'free_bytes', 'check_room', 'folder_names', 'mapping_of',
            'place_link', 'works', 'link_kind', 'make_tree', 'summary', 'swap', 'check_same_categories', 'arrange',
            'complete', 'refuse_strangers', 'obtain', 'unpack', 'unpack_annotations', 'prepare_split', 'room_needed',
-           'held', 'clean', 'read_table', 'train_command', 'make_folder', 'run_job', 'prepare', 'disk_errors', 'tell',
-           'main']
+           'held', 'clean', 'read_table', 'train_command', 'is_address', 'make_folder', 'run_job', 'prepare',
+           'disk_errors', 'tell', 'main']
 
 # %% ../nbs/14_coco.ipynb #950bd8ec
 import csv, errno, hashlib, io, json, math, os, re, shlex, shutil, stat, sys, time, zipfile, zlib
@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
 from urllib.error import HTTPError
+from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 from .core import *
 from .train import check
@@ -660,6 +661,12 @@ def train_command(out, # --output-dir as given
     path = f'{str(out).rstrip("/")}/imagefolder/{split}'
     return f'python -m mixmix_nb.train --data-path {shlex.quote(path)} --num-classes {classes} --model DiT-S/4 --batch-size 16 --mixed-precision --cache-latents'
 
+def is_address(text, # what was given
+              ): # True or False
+    "Is this the address of a server, with a port that can be one?"
+    try: parts = urlsplit(text); return parts.scheme in ('http', 'https') and bool(parts.hostname) and parts.port!=0 and not re.search(r'\s', text)
+    except ValueError: return False
+
 def make_folder(path): # a `Path`, there
     "The output folder. Raises `UserError` where it cannot be made or written to."
     out = Path(path).expanduser()
@@ -704,7 +711,7 @@ def prepare(
     o = DEFAULTS | given
     check(not (val_only and include_val), 'give --val-only or --include-val, not both')
     for k,allowed in (('label', RULES), ('link', ('auto', 'symlink', 'hard', 'copy'))): check(o[k] in allowed, f'--{k} must be one of {", ".join(allowed)}, got {o[k]}')
-    check(re.match(r'https?://[^/\s]+', o['base_url']), f'--base-url must begin with http:// or https://, got {o["base_url"]}')
+    check(is_address(o['base_url']), f'--base-url must begin with http:// or https:// and the name of a server, got {o["base_url"]}')
     table, out = read_table(checksums), make_folder(o['output_dir'])
     job = Job(out, o['base_url'].rstrip('/'), table, bool(skip_download), bool(keep_zips or skip_download), 1.)
     with held(out), disk_errors(): done = run_job(job, ['val'] if val_only else ['val', 'train'] if include_val else ['train'], o['label'], o['link'])

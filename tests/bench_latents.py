@@ -26,7 +26,7 @@ def timed(f):
     return time.perf_counter()-t
 
 def made_up(n=4096, shard=1024): # a cache on the disk, of random moments
-    plan = dict(format=L.FORMAT, images=n, shape=list(shape), flip=True, posterior=True, shard=shard, image_size=256, crop='', data='made up', data_fingerprint='', vae='', vae_fingerprint='',
+    plan = dict(format=L.FORMAT, images=n, shape=list(shape), flip=True, posterior=True, shard=shard, image_size=256, crop='', data='made up', data_fingerprint='', contents='', vae='', vae_fingerprint='',
                 scale=1., shift=0., factor=8, mean_only=False, classes=[str(i) for i in range(1000)])
     d = tmp_path/'made_up'; d.mkdir()
     for k in range(n//shard):

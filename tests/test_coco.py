@@ -349,7 +349,7 @@ def test_keep_zips_and_skip_download(server, small, tmp_path):
 # ---- one line, status 2
 
 @pytest.mark.parametrize('options,says', [('--val-only --include-val', 'not both'), ('--label smallest', '--label must be one of'), ('--link magic', '--link must be one of'),
-    ('--base-url images.cocodataset.org', '--base-url must begin'), ('--checksums nowhere.json', '--checksums nowhere.json'), ('--checksums {here}/list.json', 'is no table'),
+    ('--base-url images.cocodataset.org', '--base-url must begin'), ('--base-url http://[bad', '--base-url'), ('--base-url http://x:abc', '--base-url'), ('--base-url http://x:99999', '--base-url'), ('--checksums nowhere.json', '--checksums nowhere.json'), ('--checksums {here}/list.json', 'is no table'),
     ('--output-dir {here}/a_file', '--output-dir'), ('--output-dir {here}/o --skip-download', 'is not there'), ('--output-dir {here}/o --base-url {base}/nothing', 'the server says 404'),
     ('--output-dir {here}/o --checksums {here}/wrong_size.json', 'another file'), ('--out-dir x', 'did you mean --output-dir')])
 def test_bad_input_is_one_line(server, small, tmp_path, capsys, monkeypatch, options, says):
@@ -425,8 +425,8 @@ assert not heavy, heavy'''
     assert r.returncode==0 and '--skip-download' in r.stdout, r.stdout+r.stderr
     import shlex
     from mixmix_nb.core import parser
-    from mixmix_nb.train import train
+    from mixmix_nb.train import synonyms, train
     run(server, tmp_path/'a b', '--val-only')
     command = re.search(r'train on it: (.*)', capsys.readouterr().out)[1]
-    given = vars(parser(train).parse_args(shlex.split(command)[3:]))
-    assert Path(given['data_path']).samefile(tmp_path/'a b/imagefolder/val') and given['num_classes']==80
+    given = vars(parser(train).parse_args(synonyms(shlex.split(command)[3:])))
+    assert Path(given['data_path']).samefile(tmp_path/'a b/imagefolder/val') and given['num_classes']==80 and given['mixed_precision']=='best'
