@@ -1,4 +1,10 @@
-"A small network that reads digits, to judge the ones that a model draws."
+"""A small network that reads digits, to judge the ones that a model draws.
+
+    python tests/judge.py FILE ...            judge these checkpoints
+    python tests/judge.py --train 0 1 2       run the main job with each of these seeds, and judge what it leaves
+"""
+import subprocess, sys, tempfile
+from pathlib import Path
 import torch, torch.nn as nn, torch.nn.functional as F
 from mixmix_nb.data import load_digits
 
@@ -52,8 +58,19 @@ def judge_run(ckpt, # a checkpoint trained on the digits
     return dict(agreement=(m(x).argmax(1)==y).float().mean().item(), frechet=frechet(m, x, real), noise=frechet(m, noise, real),
                 floor=frechet(m, real[half[:500]], real[half[500:]]))
 
-if __name__=='__main__':
-    import sys
+def train_run(seed, # of the run
+              folder): # the final checkpoint of the main job
+    subprocess.run([sys.executable, '-m', 'mixmix_nb.train', '--global-seed', str(seed), '--results-dir', folder], check=True, stdout=subprocess.DEVNULL)
+    return next(Path(folder).glob('*/checkpoints/final.pt'))
+
+def main(argv):
     reader = train_reader()
     print(f'the reader is right on {reader[1]:.1%} of held-out digits')
-    for f in sys.argv[1:]: print(f, {k: round(v, 3) for k,v in judge_run(f, reader=reader).items()})
+    show = lambda name, ckpt: print(name, {k: round(v, 3) for k,v in judge_run(ckpt, reader=reader).items()}, flush=True)
+    if argv[:1]!=['--train']:
+        for f in argv: show(f, f)
+        return
+    for seed in argv[1:]:
+        with tempfile.TemporaryDirectory() as d: show(f'seed {seed}', train_run(seed, d))
+
+if __name__=='__main__': main(sys.argv[1:])

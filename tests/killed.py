@@ -1,15 +1,18 @@
 """Train, and be killed with SIGKILL at a chosen point: `python killed.py POINT -- arguments of mixmix_nb.train`.
 
-POINT is `step:N` (after the N-th step of this process), or a place inside the writing of the first checkpoint of this process:
-`bytes:F` (a share F of its bytes are written), `flush:before`, `flush:after`, `rename:before`, `rename:after`, `folder:before`, `folder:after`, `metrics`
-(half a line of metrics.csv is written). Nothing in the package knows of this file.
+POINT is `step:N` (after the N-th step of this process), `config:before` (the folder is claimed, its config.json not yet begun), `metrics` (half a line of
+metrics.csv is written), or a place inside the writing of the first checkpoint of this process: `bytes:F` (a share F of its bytes are written), `flush:before`,
+`flush:after`, `rename:before`, `rename:after`, `folder:before`, `folder:after`; with `final:` before it, inside the writing of final.pt. Nothing in the package
+knows of this file.
 """
 import builtins, os, signal, sys
 import mixmix_nb.core as core, mixmix_nb.training as tr
 from mixmix_nb.train import main
 
-kind, _, arg = sys.argv[1].partition(':')
+final = sys.argv[1].startswith('final:')
+kind, _, arg = sys.argv[1].removeprefix('final:').partition(':')
 die = lambda: os.kill(os.getpid(), signal.SIGKILL)
+PT = 'final.pt' if final else '.pt'
 state = dict(steps=0, pt=None)      # pt: the checkpoint being written
 
 class Torn:
@@ -25,8 +28,9 @@ class Torn:
     def __exit__(self, *a): return self.f.__exit__(*a)
 
 def open_(path, mode='r', *args, **kw):
+    if kind=='config' and str(path).endswith('config.json.tmp'): die()
     f = builtins.open(path, mode, *args, **kw)
-    if str(path).endswith('.pt.tmp') and 'w' in mode:
+    if str(path).endswith(PT+'.tmp') and 'w' in mode:
         state['pt'] = path
         if kind=='bytes': return Torn(f, int(float(arg)*size))
     if kind=='metrics' and str(path).endswith('metrics.csv') and 'a' in mode and f.tell()>0: f.write('123,4.5'); f.flush(); die()
@@ -47,7 +51,7 @@ size = 16*1_274_372         # about the bytes of a checkpoint of DiT-N/2: model,
 tr.open = core.open = open_
 is_pt = lambda *a: state['pt'] is not None
 if kind=='flush': around('fsync', arg=='before', arg=='after', is_pt)
-if kind=='rename': around('replace', arg=='before', arg=='after', lambda a, b: str(b).endswith('.pt'))
+if kind=='rename': around('replace', arg=='before', arg=='after', lambda a, b: str(b).endswith(PT))
 if kind=='folder':
     fsyncs = []
     around('fsync', arg=='before', arg=='after', lambda fd: is_pt() and (fsyncs.append(fd) or len(fsyncs)==2))

@@ -14,7 +14,7 @@ def test_first_command_draws_digits(tmp_path, say):
     Image.open(run/'samples'/'final.png').load()
     from judge import train_reader, judge_run
     reader = train_reader()
-    assert reader[1]>=.985
+    assert reader[1]>=.99
     score = judge_run(run/'checkpoints'/'final.pt', reader=reader)
     say(f'the main job: {({k: round(v, 3) for k,v in score.items()})}')
     assert score['agreement']>=.9

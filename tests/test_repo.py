@@ -42,7 +42,7 @@ def test_readme_is_the_index():
     r = python(ROOT/'tools'/'readme.py', '--check', cwd=ROOT)
     assert r.returncode==0, r.stdout+r.stderr
 
-@pytest.mark.parametrize('nb', [p for p in NOTEBOOKS if p.stem!='index'], ids=lambda p: str(p.relative_to(ROOT/'nbs')))
+@pytest.mark.parametrize('nb', NOTEBOOKS, ids=lambda p: str(p.relative_to(ROOT/'nbs')))
 def test_badge_and_setup(nb):
     "Each notebook opens in Colab: owner, repository and branch are those of settings.ini, and a hidden cell installs the package."
     s, text = settings(), nb.read_text()

@@ -10,8 +10,9 @@ STEPS = 120
 # 1,797 digits and 50 a step: no checkpoint and no kill falls on the end of an epoch
 RUN = f'--steps {STEPS} --batch-size 50 --ckpt-every 8 --log-every 5 --num-sample-images 0 --lr 1e-3 --val-fraction 0.05'.split()
 STEP_KILLS = [f'step:{n}' for n in (3, 9, 10, 13, 7, 12, 11, 6, 17, 14, 15, 5)]
-WRITE_KILLS = ['bytes:0.0', 'bytes:0.1', 'bytes:0.5', 'bytes:0.9', 'flush:before', 'flush:after', 'rename:before', 'rename:after', 'folder:before', 'folder:after',
-               'metrics', 'bytes:0.3']
+# the first is before there is a run to go on with, the last in the last file
+WRITE_KILLS_1 = ['config:before', 'bytes:0.0', 'bytes:0.9', 'flush:before', 'rename:before', 'folder:before', 'final:bytes:0.5']
+WRITE_KILLS_2 = ['bytes:0.5', 'metrics', 'flush:after', 'rename:after', 'folder:after', 'final:rename:before']
 
 def same(a, b, where=''):
     "Equal to the last bit, all the way down."
@@ -22,7 +23,7 @@ def same(a, b, where=''):
     else: assert a==b, f'{where}: {a} against {b}'
 
 def load(results):
-    runs = list(results.iterdir())
+    runs = [d for d in results.iterdir() if (d/'config.json').exists()]       # a folder without one never became a run
     assert len(runs)==1, f'one run, one folder: {runs}'
     run = runs[0]
     assert not list(run.rglob('*.tmp')), 'leftovers of torn files'
@@ -48,7 +49,7 @@ def undisturbed(tmp_path_factory):
     assert r.returncode==0, r.stderr
     return load(d/'results')
 
-@pytest.mark.parametrize('points', [STEP_KILLS[:6], WRITE_KILLS[:6], STEP_KILLS[6:], WRITE_KILLS[6:]], ids=['steps-1', 'writing-1', 'steps-2', 'writing-2'])
+@pytest.mark.parametrize('points', [STEP_KILLS[:6], WRITE_KILLS_1, STEP_KILLS[6:], WRITE_KILLS_2], ids=['steps-1', 'writing-1', 'steps-2', 'writing-2'])
 def test_killed_and_resumed(points, undisturbed, tmp_path, say):
     hits = chain(tmp_path, points)
     say('killed at '+', '.join(f'{p} (newest checkpoint {c})' for p,c in hits))
