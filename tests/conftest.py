@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+os.environ |= dict(MPLBACKEND='Agg', HF_HUB_OFFLINE='1')       # of this process, for commands that are called in it
 THREADS = str(max(1, (os.cpu_count() or 2)//2))     # two tests run at a time (setup.cfg)
 
 def child_env(**extra): # a dict
