@@ -28,7 +28,7 @@ def in_half(model, # what is called: a module or a function (x, t, y) → predic
 def choose_precision(name, # `no`, `bf16`, `fp16` or `best`
                      device, # a torch.device
                     ): # `no`, `bf16` or `fp16`
-    "What `--mixed-precision` comes to on a device. Raises `UserError` for other names, and for fp16 on Apple's."
+    "What `--mixed-precision` comes to on a device. Raises `UserError` for other names."
     if name not in (*PRECISIONS, 'best'): raise UserError(f'--mixed-precision must be one of {", ".join(PRECISIONS)}, or stand alone, got {name!r}')
     if name=='best': return {torch.bfloat16: 'bf16', torch.float16: 'fp16'}.get(best_dtype(device), 'no')
     return name

@@ -175,7 +175,7 @@ def cached(data, # an `EncodedData`
     from mixmix_nb.data import cache_dir
     from mixmix_nb.latents import encode, open_cache
     name = f'{Path(o["data_path"]).name}-{o["image_size"]}-{data.fingerprint()}' + ('' if o['flip'] else '-noflip')
-    return open_cache(encode(data.data, data.vae, cache_dir()/'latents'/name, o['flip']))
+    return open_cache(encode(data.data, data.vae, cache_dir()/'latents'/name, o['flip'], workers=o['num_workers']))
 
 def prepare_data(o, # dict of options
                  device, # a torch.device
