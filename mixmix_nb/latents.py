@@ -413,8 +413,8 @@ class Rates:
             ): # a few words
         "Pictures a second, in all and apart, and the time left."
         speed = self.n/max(time.perf_counter()-self.start, 1e-9)
-        rate = lambda seconds: f'{self.n/seconds:,.0f}' if seconds else '-'
-        return f'{speed:,.1f} images/s (decoders could do {rate(self.decoding/self.lanes)}, the encoder {rate(self.encoding)})' + (f', {clock(left/max(speed, 1e-9))} left' if left else '')
+        rate = lambda seconds: f'{self.n/seconds:,.{0 if self.n>=10*seconds else 2}f}' if seconds else '-'
+        return f'{speed:,.{1 if speed>=10 else 2}f} images/s (decoders could do {rate(self.decoding/self.lanes)}, the encoder {rate(self.encoding)})' + (f', {clock(left/max(speed, 1e-9))} left' if left else '')
 
     def line(self, total, # pictures, of this process
             ): # a line for the log

@@ -50,13 +50,12 @@ for name,data,workers in (('in memory', held, 0), ('mapped, 1 thread', mapped, 1
 # a step from the cache, and a step on a random tensor
 model = DiT_models['DiT-S/4']()
 trainer = Trainer(model, Diffusion(), held, batch=a.batch, steps=10**6, device=device)
-def step(z, y): trainer.train_step(z, y)
-flips = lambda: draws(0, trainer.step_no, 0, a.batch, (1,), device).flip
+def step(data, x, y): trainer.data, trainer.flip = data, data is not None; trainer.train_step(x.to(device, non_blocking=True), y.to(device))
 def stream(data): return data.batches(0, a.batch, 0, 10**6, workers=1)
 random_z, random_y = torch.randn(a.batch, *shape, device=device), torch.randint(1000, (a.batch,), device=device)
-def from_random(): step(random_z, random_y)
+def from_random(): step(None, random_z, random_y)                    # no set: floats are taken as they are
 def from_cache(data, it):
-    def f(): x, y, _ = next(it); step(data.to_model(x.to(device, non_blocking=True), flips(), 0, trainer.step_no), y.to(device))
+    def f(): x, y, _ = next(it); step(data, x, y)
     return f
 ways = {'in memory': from_cache(held, stream(held)), 'mapped': from_cache(mapped, stream(mapped))}
 def several(f, n=4): return timed(lambda: [f() for _ in range(n)])/n

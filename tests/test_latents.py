@@ -174,6 +174,7 @@ def half(stuff, out):
 
 def beat(claim): claim.last = -1e9; claim.beat()
 
+@pytest.mark.timeout(60)
 def test_the_others_do_nothing_beside_another_command(stuff, tmp_path):
     "While another command holds the folder and lives, the second process of a start leaves, and writes nothing."
     half(stuff, tmp_path/'c')
@@ -183,6 +184,7 @@ def test_the_others_do_nothing_beside_another_command(stuff, tmp_path):
     assert 'UserError' in other.said and 'in use by another process' in other.said
     assert not list((tmp_path/'c').glob('shard-*')) and not list((tmp_path/'c').glob('.rank-*'))
 
+@pytest.mark.timeout(60)
 def test_the_others_leave_with_the_first(stuff, tmp_path, monkeypatch):
     "The second process does its shards once the first holds the folder, and leaves when the first goes without an end; the first leaves when another has failed."
     for k,v in (('RANK', '0'), ('WORLD_SIZE', '2')): monkeypatch.setenv(k, v)
