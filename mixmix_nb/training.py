@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'METERS', 'COLUMNS', 'to_float', 'update_ema', 'ema_decay', 'mirror', 'lr_at', 'has_fused', 'make_optimizer',
-           'OneProcess', 'Whole', 'Trainer', 'to_model', 'why_unreadable', 'check_sums', 'read_checkpoint',
-           'load_weights', 'NoWaiting', 'clip_grads', 'preview_labels', 'RunLog', 'Run', 'run_number', 'claim',
-           'new_run', 'close_in_children', 'csv_lines', 'titled', 'save_image', 'StopSignal', 'Stopwatch',
-           'peak_memory', 'check_room']
+           'OneProcess', 'Whole', 'never', 'Trainer', 'to_model', 'why_unreadable', 'check_sums', 'read_checkpoint',
+           'load_weights', 'NoWaiting', 'clip_grads', 'preview_labels', 'LeftOff', 'out_of_memory', 'RunLog', 'Run',
+           'run_number', 'claim', 'new_run', 'close_in_children', 'csv_lines', 'titled', 'save_image', 'StopSignal',
+           'Stopwatch', 'peak_memory', 'check_room']
 
 # %% ../nbs/09_training.ipynb #f49c4684
 import copy, csv, errno, json, math, os, shutil, signal, sys, time, warnings, weakref, zipfile
@@ -101,6 +101,15 @@ class OneProcess:
     def all_names(self, names): # a list
         "The names that any process has, each once."
         return list(names)
+    def most(self, n): # a number
+        "The largest of what the processes say. Where there are several, this waits for the device."
+        return n
+    def first(self, make): # what it gave
+        "Let the first process do something once, and tell all what came of it: plain values."
+        return make()
+    def due(self, step, now): # True or False
+        "Is this the step for what the clock wants `now`? The same on all processes."
+        return now
     def stop(self, step, asked): # True or False
         "Is this the step to stop at, given that this process was `asked` to or not? The same on all processes."
         return asked
@@ -130,6 +139,10 @@ class Whole:
         return held
 
 # %% ../nbs/09_training.ipynb #d5f8926f
+def never(): # False
+    "Nobody asks to stop."
+    return False
+
 PARTS = ('loss', 'mse', 'vb', 'grad_norm')                              # summed over the steps since the last reading
 METERS = ('steps', *PARTS, 'skipped', 'bad_row', 'worst_row')           # kept on the device
 
@@ -171,7 +184,8 @@ class Trainer:
         self.opt = make_optimizer(self.params, lr_at(0, lr, warmup, lr_schedule, steps), weight_decay, beta2)
         self.meter, self.parts = {k: torch.zeros((), device=device) for k in METERS}, ()
         self.net = wrap(self.model) if wrap else self.model                 # after the copy: the average stays plain
-        self.busy = None                                                    # images per second → share of the device's peak, where that is known
+        self.busy, self.usage = None, None                                  # images per second → share of the peak; () → share of time: of the device, where known
+        self.asked, self.saved = never, None                                # has somebody asked to stop? the step of the last checkpoint written
 
 # %% ../nbs/09_training.ipynb #2c1b3f7d
 def to_model(data, # the set that gave them
@@ -282,6 +296,7 @@ def load_state_dict(self:Trainer, ckpt, # from `state_dict`
         self.load_moments(ckpt['opt'], name)
         if self.scaler and ckpt.get('scaler'): self.scaler.load_state_dict(ckpt['scaler'])
         self.meter = {k: ckpt['meter'][k].to(self.device, copy=True) for k in METERS}
+        self.parts = tuple(k for k in PARTS if self.meter[k].item())
     except (KeyError, TypeError, AttributeError) as e:
         raise UserError(f'{name} cannot be resumed: what it holds is damaged ({type(e).__name__}: {e})') from None
     self.step_no, self.bad_files = ckpt['train_steps'], set(ckpt.get('bad_files', ()))
@@ -400,6 +415,29 @@ def preview_labels(num_classes, # K
     return torch.randperm(num_classes, generator=generator(seed, 'preview'))[:n]
 
 # %% ../nbs/09_training.ipynb #46076b3b
+class LeftOff(Exception):
+    "Somebody has asked to stop while pictures were being drawn or a loss was being measured."
+
+def out_of_memory(e): # True or False
+    "Does an exception say that memory was too small?"
+    return isinstance(e, MemoryError) or isinstance(e, RuntimeError) and any(w in str(e) for w in ('out of memory', 'allocate memory'))
+
+@patch
+def heeding(self:Trainer, f, # a function
+           ): # the same function; raises `LeftOff` or `MemoryError`, in all processes alike
+    "Look, after each call of `f`, whether anybody has been asked to stop or lacks memory."
+    def g(*args, **kwargs):
+        try: out, state = f(*args, **kwargs), 0
+        except (MemoryError, RuntimeError) as e:
+            if not out_of_memory(e): raise
+            out, state = None, 2
+        state = self.comm.most(max(state, int(self.asked())))
+        if state==2: raise MemoryError('out of memory')
+        if state: raise LeftOff
+        return out
+    return g
+
+# %% ../nbs/09_training.ipynb #fa5f04c5
 @patch
 def preview(self:Trainer, n=16, # images
             steps='250', # sampling steps, as for `respace`
@@ -412,13 +450,13 @@ def preview(self:Trainer, n=16, # images
     "Images drawn by the average, with random numbers of their own, so that training never notices; each process draws some."
     m, process, out = self.ema, self.process.respace(steps), None
     labels = preview_labels(m.num_classes, n, self.seed).to(self.device) if m.num_classes else None
-    f = guided(m, cfg_scale if m.num_classes and m.class_dropout_prob else 1, m.num_classes, in_channels=m.in_channels)
+    f = self.heeding(guided(m, cfg_scale if m.num_classes and m.class_dropout_prob else 1, m.num_classes, in_channels=m.in_channels))
     each = -(-n//self.comm.world)                                       # the same number on all processes
     for ids in torch.arange(self.comm.rank, each*self.comm.world, self.comm.world).split(batch):
         noise = Noise(self.seed, ids.tolist(), (m.in_channels, *m.input_size), self.device)
         ids = ids.to(self.device)
         x = SAMPLERS[sampler](process, f, noise, None if labels is None else labels[ids%n], clip=clip)
-        x = decode(x) if decode else x
+        x = self.heeding(decode)(x) if decode else x
         if out is None: out = x.new_zeros(each*self.comm.world, *x.shape[1:])
         out[ids] = x
     return self.comm.total(out)[:n]
@@ -431,12 +469,12 @@ def validate(self:Trainer, data, # a set held out
             ): # mean loss, and a list of its means by quarter of t (nan where no image fell)
     "Loss of the average on a held-out set, with the same draws every time. This waits for the device."
     m, n, batch = self.model, len(data), batch or -(-(self.hi-self.lo)//self.accumulate)
-    sums = torch.zeros(4, 2, device=self.device)
+    sums, measure = torch.zeros(4, 2, device=self.device), self.heeding(self.process.loss)
     for start in range(0, n, self.comm.world*batch):                    # as often on all processes
         lo = min(start+self.comm.rank*batch, n-1); hi = min(n, lo+batch)
         x, y, _ = next(iter(data.batches(self.seed, n, 0, 1, lo, hi)))
         d = draw_numbers(self.seed, 'val', lo, hi, (m.in_channels, *m.input_size), self.device)
-        loss = self.process.loss(self.ema, to_model(data, x.to(self.device), None, self.seed, 'val', lo), y.to(self.device), d)['loss']
+        loss = measure(self.ema, to_model(data, x.to(self.device), None, self.seed, 'val', lo), y.to(self.device), d)['loss']
         quarter = (d.u*4).long().clamp(max=3)                           # (B,)
         if start+self.comm.rank*batch<n: sums.index_add_(0, quarter, torch.stack([loss, torch.ones_like(loss)], 1))
     sums = self.comm.total(sums)
@@ -459,7 +497,7 @@ class Run:
     "A run's folder: log, metrics, curves, checkpoints and samples. Making a `Run` writes nothing."
     def __init__(self, path, # the folder
                 ):
-        self.path, self.trackers = Path(path), []                           # functions of a row of metrics, e.g. TensorBoard's
+        self.path, self.trackers, self.why = Path(path), [], ''             # trackers: functions of a row of metrics, e.g. TensorBoard's
         self.ckpts, self.samples, self.log = self.path/'checkpoints', self.path/'samples', RunLog(self.path/'log.txt')
 
 # %% ../nbs/09_training.ipynb #d38ed5b8
@@ -501,15 +539,15 @@ def close_in_children(f, # an open file
 # %% ../nbs/09_training.ipynb #e16cf316
 @patch
 def lock(self:Run): # True where the run is ours now
-    "Hold the run until this process ends, unless a living one does; remove what a killed one left half-written."
+    "Hold the run until this process ends; remove what a killed one left half-written. Where that cannot be, `why` tells."
     try: self.lock_file = open(self.path/'.lock', 'a')
-    except OSError: return False
+    except OSError as e: self.why = f'cannot be written ({e.strerror})'; return False
     close_in_children(self.lock_file)
     try:
         import fcntl
         fcntl.flock(self.lock_file, fcntl.LOCK_EX|fcntl.LOCK_NB)
     except ImportError: pass                                            # Windows
-    except BlockingIOError: self.unlock(); return False
+    except BlockingIOError: self.unlock(); self.why = 'is in use by another process'; return False
     except OSError as e: self.log(f'cannot lock ({e.strerror}): see to it that one process alone uses {self.path}')
     for f in [*self.path.glob('*.tmp'), *self.path.glob('*/*.tmp')]: f.unlink(missing_ok=True)
     return True
@@ -547,7 +585,7 @@ def prune(self:Run, keep, # how many numbered checkpoints to keep; 0: all
 
 # %% ../nbs/09_training.ipynb #53cab129
 COLUMNS = ('step', 'epoch', 'images', 'loss', 'mse', 'vb', 'val_loss', 'grad_norm', 'lr', 'images_per_sec', 'step_ms', 'mfu',
-           'peak_memory_mb', 'skipped', 'bad_files')
+           'gpu_util', 'peak_memory_mb', 'skipped', 'bad_files')
 
 def csv_lines(rows, # dicts
               header=False, # begin with the names?
@@ -575,8 +613,12 @@ def read_metrics(self:Run): # list of dicts of numbers, nan where nothing was me
 @patch
 def write_metrics(self:Run, row, # dict with keys of `COLUMNS`
                  ):
-    "Add one line to metrics.csv, and tell it to whoever else wants to know; where the file fails, say so and go on."
-    for tell in self.trackers: tell(row)
+    "Add one line to metrics.csv, and tell it to whoever else wants to know; where one of them fails, say so and go on."
+    for tell in list(self.trackers):
+        try: tell(row)
+        except Exception as e:                                              # whatever a service may raise: it is not the run
+            self.trackers.remove(tell)
+            self.log(f'{getattr(tell, "name", "a tracker")} failed and gets no more metrics: {type(e).__name__}: {e}')
     f = self.path/'metrics.csv'
     try:
         with open(f, 'a') as h: h.write(csv_lines([row], header=h.tell()==0))
@@ -648,7 +690,8 @@ class StopSignal:
         for s,h in self.old.items(): signal.signal(s, signal.SIG_DFL if h is None else h)
     def handle(self, s, _):
         now, first = time.monotonic(), self.name is None
-        if not first and s==signal.SIGINT and now-self.at>=self.echo: self.__exit__(); raise KeyboardInterrupt
+        again = s==signal.SIGINT or s==signal.SIGTERM and self.echo and self.name=='SIGINT'        # torchrun says its second Ctrl-C so
+        if not first and again and now-self.at>=self.echo: self.__exit__(); raise KeyboardInterrupt
         if not first: return
         self.name, self.at = signal.Signals(s).name, now
         if at_terminal(sys.stderr): os.write(2, b'\nfinishing the step, then a checkpoint; Ctrl-C once more leaves at once\n')
@@ -668,9 +711,9 @@ class Stopwatch:
         self.step, self.clock, self.start = step, clock, clock()
     def speed(self, step, # where the trainer is now
               batch, # images a step
-             ): # images per second since the last call
+             ): # images per second since the last call; nan where no step was done
         now = self.clock()
-        v = (step-self.step)*batch/max(now-self.start, 1e-9)
+        v = (step-self.step)*batch/max(now-self.start, 1e-9) if step>self.step else math.nan
         self.step, self.start = step, now
         return v
     @contextmanager
@@ -722,16 +765,20 @@ def report(self:Trainer, run, # a `Run`
           ):
     "Read the meter, write one line of the log and of metrics.csv. Raises `RunError` after ten skipped steps in a row."
     self.note_bad(run)
-    k, row = self.step_no, self.read_meter()
+    k, seen = self.step_no, {}
+    if val:
+        self.meter['steps'].item()                                      # waits: the steps before are no part of the pause
+        with watch.pause(): seen['val_loss'], quarters = self.validate(val)
+    row = self.read_meter() | seen
     speed, epoch = watch.speed(k, self.batch), k*self.batch/len(self.data)
     lr = lr_at(k-1, self.lr, self.warmup, self.lr_schedule, self.steps)
     row |= dict(step=k, epoch=epoch, images=k*self.batch, lr=lr, images_per_sec=speed, step_ms=1e3*self.batch/max(speed, 1e-9),
-                mfu=self.busy and self.busy(speed), peak_memory_mb=peak_memory(self.device), bad_files=len(self.bad_files))
-    text = f'step {k:7d}/{self.steps}  epoch {epoch:.2f}  loss {row["loss"]:.4f}  {speed:.1f} images/s, {row["step_ms"]:.0f} ms a step'
-    if row['mfu']: text += f', {row["mfu"]:.0%} of the peak'
-    if val:
-        with watch.pause(): row['val_loss'], quarters = self.validate(val)
-        text += f'  val {row["val_loss"]:.4f} (by quarter of t: {" ".join(f"{v:.4f}" for v in quarters)})'
+                mfu=self.busy and self.busy(speed), gpu_util=self.usage and self.usage(), peak_memory_mb=peak_memory(self.device), bad_files=len(self.bad_files))
+    text = f'step {k:7d}/{self.steps}  epoch {epoch:.2f}  loss {row["loss"]:.4f}'
+    if speed==speed: text += f'  {speed:.1f} images/s, {row["step_ms"]:.0f} ms a step'
+    if row['mfu'] and speed==speed: text += f', {row["mfu"]:.0%} of the peak'
+    if row['gpu_util']: text += f', GPU busy {row["gpu_util"]:.0%}'
+    if val: text += f'  val {row["val_loss"]:.4f} (by quarter of t: {" ".join(f"{v:.4f}" for v in quarters)})'
     if row['skipped']: text += f'  skipped {row["skipped"]}'
     run.write_metrics(row); run.log(text)
     self.check_finite()
@@ -746,13 +793,14 @@ def checkpoint(self:Trainer, run, # a `Run`
     "Write a checkpoint and remove old ones; where it cannot be written, say so and go on."
     self.note_bad(run)
     state = self.state_dict() | dict(args=args, version=1)
-    if self.comm.rank: return                                           # one writes for all
-    try: write_whole(path, lambda f: torch.save(state, f))
-    except (OSError, RuntimeError) as e:
-        while e.__context__ and not isinstance(e, OSError): e = e.__context__     # what torch.save met
-        why = getattr(e, 'strerror', None) or str(e)
-        run.log(f'checkpoint {path.name} could not be written: {why}; earlier ones stay')
-        return why
+    def write():
+        try: write_whole(path, lambda f: torch.save(state, f))
+        except (OSError, RuntimeError) as e:
+            while e.__context__ and not isinstance(e, OSError): e = e.__context__     # what torch.save met
+            return getattr(e, 'strerror', None) or str(e)
+    why = self.comm.first(write)                                        # one writes for all
+    if why: run.log(f'checkpoint {path.name} could not be written: {why}; earlier ones stay'); return why
+    self.saved = self.step_no
     run.log(f'wrote {path.relative_to(run.path)}')
     run.prune(keep, self.step_no)
 
@@ -797,16 +845,18 @@ def show(self:Trainer, run, # a `Run`
         if n: save_image(run.samples/f'{name}.png', x, cols, titles)
         run.draw_curves()
     except OSError as e: run.log(f'pictures of {name} could not be written: {e.strerror or e}')
+    except MemoryError: run.log(f'no pictures of {name}: the memory does not do for {n} images; give fewer --num-sample-images')
 
 @patch
 def save(self:Trainer, run, # a `Run`
          args, # options of the run
          keep, # numbered checkpoints to keep; 0: all
          preview, # arguments of `Trainer.preview`; None: no pictures
-        ):
+        ): # None, or why the checkpoint could not be written
     "A checkpoint of this step and, with it, a picture."
-    self.checkpoint(run, run.ckpts/f'{self.step_no:07d}.pt', args, keep)
+    why = self.checkpoint(run, run.ckpts/f'{self.step_no:07d}.pt', args, keep)
     if preview is not None: self.show(run, f'step_{self.step_no:07d}', preview)
+    return why
 
 @patch
 def finish(self:Trainer, run, # a `Run`
@@ -815,12 +865,70 @@ def finish(self:Trainer, run, # a `Run`
           ): # True
     "The last checkpoint and the last pictures; raises `RunError` where the checkpoint could not be written."
     failed = self.checkpoint(run, run.ckpts/'final.pt', args)
-    self.show(run, 'final', preview)
+    if not failed: self.show(run, 'final', preview)
     if failed: raise RunError(f'the final checkpoint could not be written ({failed}); '
                               f'all earlier ones stay in {run.ckpts}')
     return True
 
+# %% ../nbs/09_training.ipynb #5af67b21
+@patch
+def catch_up(self:Trainer, run, # a `Run`
+             watch, # a `Stopwatch`
+             val, # a set held out, or None
+             ckpt_every, # steps between checkpoints
+             log_every, # steps between lines of the log
+             preview, # arguments of `Trainer.preview`
+            ):
+    "What a stop has left undone at this step: its line, its picture."
+    k, name = self.step_no, f'step_{self.step_no:07d}'
+    mark, last = k%ckpt_every==0, k==self.steps
+    if not k: return
+    if (mark or last or k%log_every==0) and self.meter['steps'].item(): self.report(run, watch, val if mark or last else None)
+    if last or not mark or not preview.get('n', 16): return
+    if self.comm.first(lambda: (run.ckpts/f'{k:07d}.pt').exists() and not (run.samples/f'{name}.png').exists()): self.show(run, name, preview)
+
 # %% ../nbs/09_training.ipynb #ec9b96cd
+@patch
+def laps(self:Trainer, run, # a `Run`
+         args, # options of the run, plain values
+         stop, # a `StopSignal`
+         val, # a set held out, or None
+         ckpt_every, # steps between checkpoints
+         ckpt_minutes, # minutes between checkpoints; 0: by steps alone
+         keep_ckpts, # numbered checkpoints to keep; 0: all
+         log_every, # steps between lines of the log
+         workers, # processes that decode
+         preview, # arguments of `Trainer.preview`
+        ): # True where the run is finished, False where somebody has asked to stop
+    "Step after step, with lines, checkpoints and pictures. Raises `LeftOff` where it was stopped while drawing or measuring."
+    watch, saved = Stopwatch(self.step_no), time.monotonic()
+    self.catch_up(run, watch, val, ckpt_every, log_every, preview)
+    for x,y,bad in self.stream(workers, stop):
+        self.new_bad += bad; self.train_step(x, y)
+        k, mark, last = self.step_no, self.step_no%ckpt_every==0, self.step_no==self.steps
+        if k%log_every==0 or mark or last: self.report(run, watch, val if mark or last else None)
+        late = ckpt_minutes and self.comm.due(k, time.monotonic()-saved>60*ckpt_minutes)
+        if last or not (mark or late): continue
+        self.check_finite()                                             # waits, and so ends the time of training
+        with watch.pause(): self.save(run, args, keep_ckpts, preview)
+        saved = time.monotonic()
+    return self.step_no>=self.steps and self.finish(run, args, preview)
+
+@patch
+def leave(self:Trainer, run, # a `Run`
+          args, # options of the run
+          stop, # a `StopSignal`
+          keep, # numbered checkpoints to keep; 0: all
+         ): # False
+    "Write a checkpoint where there is none of this step, and say how to go on. Raises `RunError` where that failed."
+    failed = None
+    if self.saved!=self.step_no: self.check_finite(); failed = self.save(run, args, keep, None)
+    said = f'stopped by {self.comm.first(lambda: stop.name or "another process")} at step {self.step_no} of {self.steps}'
+    if failed: raise RunError(f'{said}, and its checkpoint could not be written ({failed}); earlier ones stay in {run.ckpts}')
+    run.log(f'{said}; go on with --resume auto')
+    return False
+
+# %% ../nbs/09_training.ipynb #21782e0b
 @patch
 def fit(self:Trainer, run, # a `Run`
         args, # options of the run, plain values, kept in each checkpoint
@@ -832,20 +940,12 @@ def fit(self:Trainer, run, # a `Run`
         workers=0, # processes that decode
         preview={}, # arguments of `Trainer.preview`
        ): # True where the run is finished, False where a signal ended it
-    "Train to the end. Raises `RunError` after ten skipped steps in a row or where the last checkpoint failed."
-    args = json.loads(json.dumps(args))                                 # plain values, or an error now
+    "Train to the end, or until somebody asks to stop. Raises `RunError` after ten skipped steps in a row or where the last checkpoint failed."
+    args, self.saved = json.loads(json.dumps(args)), None               # plain values, or an error now
     self.get_ready(run)
-    watch, saved, saved_at = Stopwatch(self.step_no), time.monotonic(), None
     with StopSignal() as stop:
-        for x,y,bad in self.stream(workers, stop):
-            self.new_bad += bad; self.train_step(x, y)
-            k, mark, last = self.step_no, self.step_no%ckpt_every==0, self.step_no==self.steps
-            if k%log_every==0 or mark or last: self.report(run, watch, val if mark or last else None)
-            if last or not (mark or 0<60*ckpt_minutes<time.monotonic()-saved): continue
-            self.check_finite()                                         # waits, and so ends the time of training
-            with watch.pause(): self.save(run, args, keep_ckpts, preview)
-            saved, saved_at = time.monotonic(), k
-        if self.step_no>=self.steps: return self.finish(run, args, preview)
-        if self.step_no!=saved_at: self.save(run, args, keep_ckpts, None)
-    run.log(f'stopped by {stop.name or "another process"} at step {self.step_no} of {self.steps}; go on with --resume auto')
-    return False
+        self.asked = stop.asked
+        try: done = self.laps(run, args, stop, val, ckpt_every, ckpt_minutes, keep_ckpts, log_every, workers, preview)
+        except LeftOff: done = False
+        finally: self.asked = never
+        return done or self.leave(run, args, stop, keep_ckpts)
