@@ -30,6 +30,7 @@ class Processes(OneProcess):
         self.timeout, self.silence = timeout, min(silence, timeout)
         self.ahead = 2 if self.device.type=='cuda' else 0               # steps that Python may run ahead of the device
         self.net, self.marks, self.stop_at, self.told, self.noted = None, deque(), None, 0, []
+        self.begun, self.due_at, self.dues, self.lasting = False, None, 0, store    # what is in `lasting` outlives a restart by torchrun
         self.over, self.lock, self.thread = threading.Event(), threading.Lock(), None
 
 # %% ../nbs/11_distributed.ipynb #f86c56f6
@@ -67,6 +68,13 @@ def all_names(self:Processes, names): # a list
     lists = [None]*self.world
     dist.all_gather_object(lists, list(names))
     return sorted(set().union(*lists))
+
+@patch
+def most(self:Processes, n): # a number
+    "The largest of what the processes say. This waits for the device."
+    x = torch.tensor(float(n), device=self.device)
+    dist.all_reduce(x, dist.ReduceOp.MAX)
+    return int(x.item())
 
 # %% ../nbs/11_distributed.ipynb #ea60f44c
 @patch
@@ -173,6 +181,17 @@ def meet(store, # keys and values that may be left from earlier starts
     raise RuntimeError('not all have come')
 
 # %% ../nbs/11_distributed.ipynb #04ac4618
+@patch
+def remember(self:Processes, text, # what a later start should know
+            ):
+    "Keep a text, from rank 0, where the next start of this run by the same torchrun finds it."
+    if self.rank==0: self.lasting.set('kept', text)
+
+@patch
+def recall(self:Processes): # a text, '' where there is none
+    "What `remember` has kept in an earlier start."
+    return self.lasting.get('kept').decode() if self.lasting.check(['kept']) else ''
+
 def start(device='auto', # as for `get_device`
           timeout=None, # seconds that a collective may take; MIXMIX_TIMEOUT, or 600, when not given
          ): # a `OneProcess`, or the `Processes` that torchrun has started
@@ -183,9 +202,10 @@ def start(device='auto', # as for `get_device`
     limit = timedelta(seconds=timeout)
     try:
         store, rank, world = next(iter(dist.rendezvous('env://', timeout=limit)))
+        lasting = dist.PrefixStore('lasting', store)
         store = dist.PrefixStore(meet(store, rank, world, timeout), store)
         comm = Processes(dist.PrefixStore('run', store), device, rank, world, timeout)
-        comm.noted = noted
+        comm.noted, comm.lasting = noted, lasting
         comm.store.set(f'beat{rank}', '0')
         dist.init_process_group('nccl' if device.type=='cuda' else 'gloo', store=dist.PrefixStore('group', store), rank=rank, world_size=world, timeout=limit)
     except (RuntimeError, ValueError) as e:
@@ -207,12 +227,26 @@ def stop(self:Processes, step, # steps done
          asked, # has this process been asked to stop?
         ): # True or False, the same on all processes
     "Is this the step to stop at? The first that is asked names one that none can have passed."
-    self.keep_back()
+    self.keep_back(); self.begun = True
     for s in [self.noted.pop() for _ in list(self.noted)]: signal.raise_signal(s)      # came before there was a `StopSignal`
     if self.stop_at is None:
         if asked: self.store.compare_set('stop', '', str(step+1+self.ahead))
         if self.store.check(['stop']): self.stop_at = int(self.store.get('stop'))
     return self.stop_at is not None and step>=self.stop_at
+
+# %% ../nbs/11_distributed.ipynb #45b516d3
+@patch
+def due(self:Processes, step, # steps done
+        now, # does the clock say so?
+       ): # True or False, the same on all processes
+    "Is this the step for what rank 0's clock has asked for? It names one that none can have passed."
+    key = f'due{self.dues}'
+    if self.due_at is None:
+        if self.rank==0 and now: self.due_at = step+1+self.ahead; self.store.set(key, str(self.due_at))
+        elif self.rank and self.store.check([key]): self.due_at = int(self.store.get(key))
+    if self.due_at is None or step<self.due_at: return False
+    self.due_at, self.dues = None, self.dues+1
+    return True
 
 # %% ../nbs/11_distributed.ipynb #a1f071d8
 @patch
@@ -248,10 +282,10 @@ def silent(self:Processes, seconds=2.): # ranks
 def what_happened(self:Processes, e): # a line
     "Why a collective has failed, and which rank is gone where that can be known."
     try: gone = [] if self.store.check(['why']) else self.silent()
-    except RuntimeError: return 'torchrun is gone, and with it the way to the other processes; nothing was written'
-    if gone: return f'rank {", ".join(map(str, gone))} is gone (killed, or out of memory?); the others have stopped, nothing was written'
-    if 'timed out' in str(e).lower(): return f'the processes have waited {self.timeout:g} s for each other in vain (MIXMIX_TIMEOUT); nothing was written'
-    return f'the processes have lost each other ({(str(e).splitlines() or [""])[0][:120]}); nothing was written'
+    except RuntimeError: return 'torchrun is gone, and with it the way to the other processes; what is on the disk is whole'
+    if gone: return f'rank {", ".join(map(str, gone))} is gone (killed, or out of memory?); the others have stopped, what is on the disk is whole'
+    if 'timed out' in str(e).lower(): return f'the processes have waited {self.timeout:g} s for each other in vain (MIXMIX_TIMEOUT); what is on the disk is whole'
+    return f'the processes have lost each other ({(str(e).splitlines() or [""])[0][:120]}); what is on the disk is whole'
 
 # %% ../nbs/11_distributed.ipynb #142986c2
 @patch
@@ -264,12 +298,12 @@ def keep_watch(self:Processes):
             n += 1; store.set(f'beat{self.rank}', str(n))
             now = store.get(f'beat{after}')
             seen, quiet = now, quiet+1 if now==seen else 0              # counted in own turns: a machine that sleeps alarms nobody
-            if quiet>2*self.silence: self.quit(1, f'rank {after} is gone: not a word for {self.silence:g} s; the others have stopped, nothing was written')
-            early = early+1 if signal.SIGTERM in self.noted else 0
+            if quiet>2*self.silence: self.quit(1, f'rank {after} is gone: not a word for {self.silence:g} s; the others have stopped, what is on the disk is whole')
+            early = early+1 if not self.begun and signal.SIGTERM in self.noted else 0
             if early>10: self.quit(1, 'ended by SIGTERM before training had begun')
             if store.check(['why']) and not self.over.wait(2): self.quit(1, 'another process has ended')
         except RuntimeError:
-            if not self.over.is_set(): self.quit(1, 'torchrun is gone, and with it the way to the other processes; nothing was written')
+            if not self.over.is_set(): self.quit(1, 'torchrun is gone, and with it the way to the other processes; what is on the disk is whole')
 
 @patch
 def watch(self:Processes):
