@@ -8,10 +8,10 @@ __all__ = ['DEFAULTS', 'RECIPES', 'KINDS', 'AT_LEAST', 'BELOW_ONE', 'ONE_OF', 'F
            'open_pictures', 'open_set', 'cached', 'prepare_data', 'build_model', 'build_process', 'check_steps',
            'check_results', 'versions', 'differs', 'check_same', 'place', 'check_data', 'read_config', 'same_data',
            'agrees', 'find_run', 'newest_checkpoint', 'run_folder', 'read_resumable', 'open_run', 'check_trackers',
-           'numbers', 'trackers', 'make_trainer', 'utilisation_of', 'remarks', 'results_of', 'batch_that_fits',
-           'memory_of', 'memory_advice', 'plan', 'begin', 'how', 'launch', 'launch_on', 'open_together', 'hold_new',
-           'nothing_to_do', 'decoder', 'class_words', 'all_words', 'preview_names', 'run_loop', 'train', 'main',
-           'synonyms']
+           'numbers', 'to_tensorboard', 'to_wandb', 'trackers', 'make_trainer', 'utilisation_of', 'remarks',
+           'results_of', 'batch_that_fits', 'memory_of', 'memory_advice', 'plan', 'begin', 'how', 'launch', 'launch_on',
+           'open_again', 'open_together', 'hold_new', 'finished', 'nothing_to_do', 'find_decoder', 'decoder',
+           'class_words', 'all_words', 'preview_names', 'run_loop', 'train', 'main', 'synonyms']
 
 # %% ../nbs/12_train.ipynb #095c1b48
 import json, math, os, shutil, subprocess, sys
@@ -357,7 +357,7 @@ def open_run(given, # options that the user gave
     run = Run(home)
     newest, _ = newest_checkpoint(run)
     if newest is None or not newest.samefile(file): return None, file, ckpt
-    check(run.lock(), f'{home} is in use by another process; wait for it, or train without --resume')
+    check(run.lock(), f'{home} {run.why}; wait for it, or train without --resume')
     return run, file, ckpt
 
 # %% ../nbs/12_train.ipynb #b7874dd1
@@ -372,23 +372,42 @@ def numbers(row, # of metrics
     "The numbers in a row of metrics that were measured."
     return {k: v for k,v in row.items() if isinstance(v, (int,float)) and v==v}
 
+def to_tensorboard(run, # a `Run`
+                   o, # dict of options
+                   step, # the step to go on from
+                  ): # a function of a row of metrics
+    "Rows for TensorBoard; what an earlier life of the run has written after `step` is hidden."
+    from torch.utils.tensorboard import SummaryWriter
+    board = SummaryWriter(run.path/'tensorboard', purge_step=step+1 if step else None)
+    def tell(row):
+        for k,v in numbers(row).items(): board.add_scalar(k, v, row['step'])
+        board.flush()
+    return tell
+
+def to_wandb(run, # a `Run`
+             o, # dict of options
+             step, # not used: Weights & Biases keeps the first value of a step
+            ): # a function of a row of metrics
+    "Rows for Weights & Biases, always the same page for the same run."
+    import wandb, hashlib
+    name = hashlib.blake2b(str(run.path.resolve()).encode(), digest_size=8).hexdigest()
+    wandb.init(project='mixmix_nb', name=run.path.name, id=name, resume='allow', dir=str(run.path), config=o)
+    return lambda row: wandb.log(numbers(row), step=row['step'])
+
 def trackers(run, # a `Run`
              o, # dict of options
+             step=0, # the step to go on from
             ): # list of functions of a row of metrics
-    "Where rows of metrics go besides metrics.csv."
+    "Where rows of metrics go besides metrics.csv. Raises `RunError` where a new run cannot reach one; a resumed one goes on without."
     out = []
-    if o['tensorboard']:
-        from torch.utils.tensorboard import SummaryWriter
-        board = SummaryWriter(run.path/'tensorboard')
-        def tell(row):
-            for k,v in numbers(row).items(): board.add_scalar(k, v, row['step'])
-            board.flush()
-        out.append(tell)
-    if o['wandb']:
-        import wandb, hashlib
-        name = hashlib.blake2b(str(run.path.resolve()).encode(), digest_size=8).hexdigest()
-        wandb.init(project='mixmix_nb', name=run.path.name, id=name, resume='allow', dir=str(run.path), config=o)
-        out.append(lambda row: wandb.log(numbers(row), step=row['step']))
+    for name,make in (('tensorboard', to_tensorboard), ('wandb', to_wandb)):
+        if not o[name]: continue
+        try: tell = make(run, o, step)
+        except Exception as e:                                          # whatever a service may raise
+            said = f'--{name} cannot be used: {type(e).__name__}: {" ".join(str(e).split())}'
+            if not step: raise RunError(f'{said}; leave it away') from None
+            run.log(f'{said}; this run goes on without it')
+        else: tell.name = name; out.append(tell)
     return out
 
 # %% ../nbs/12_train.ipynb #02fb5835
@@ -477,9 +496,10 @@ def memory_advice(o, # dict of all options
                  ):
     "Turn «out of memory» into one line with what would fit and changes nothing else."
     import torch
+    from mixmix_nb.training import out_of_memory
     try: yield
     except (MemoryError, RuntimeError) as e:
-        if not (isinstance(e, MemoryError) or 'out of memory' in str(e) or 'allocate memory' in str(e)): raise
+        if not out_of_memory(e): raise
         n = o['batch_size']; part = n//o['accumulate']
         with torch.device('meta'): model = build_model(o)
         b = batch_that_fits(model, part, memory_of(device), world_size() if o['shard'] else 1)
@@ -525,7 +545,8 @@ def begin(run, # a `Run`
     said = o.pop('remarks', ())
     if rank(): return
     config = dict(args=o, versions=versions(), job=os.environ.get('SLURM_JOB_ID'))
-    write_whole(run.path/'config.json', lambda f: f.write(json.dumps(config, indent=1).encode()))
+    try: write_whole(run.path/'config.json', lambda f: f.write(json.dumps(config, indent=1).encode()))
+    except OSError as e: raise UserError(f'{run.path} cannot be written: {e.strerror}') from None
     classes = f'{o["num_classes"]} classes' if o['num_classes'] else 'without classes'
     start = f', from step {trainer.step_no}' if trainer.step_no else ''
     run.log(f'{run.path}: {o["model"]}, {num_params(trainer.model):,} parameters, {len(trainer.data):,} images of '
@@ -555,13 +576,14 @@ def launch_on(comm, # the processes of the run; None: this one alone
     "All checks, then the folder, then the loop."
     check_options(given)
     check(not {'steps','epochs'}<=given.keys(), 'give --steps or --epochs, not both')
-    run, ckpt = open_together(comm, given)
+    run, file, ckpt = open_together(comm, given)
     try:
         o, trainer, val = plan(given, run, ckpt, comm)
         done, total = trainer.step_no, trainer.steps
         check(done<=total, f'the checkpoint stands at step {done}, past the {total} steps asked for; give more --steps, or start a new run without --resume')
-        if ckpt and done==total: return nothing_to_do(run.path if run else given['resume'], done)
+        if ckpt and done==total and trainer.comm.first(lambda: finished(run, file, o)): return nothing_to_do(run.path if run else given['resume'], done)
         run = run or hold_new(o, comm)
+        if comm: comm.remember(str(run.path.resolve()))                 # for a start by the same torchrun, after one has died
         begin(run, o, trainer)
         with memory_advice(o, trainer.device): run_loop(trainer, run, o, val)
         return run.path
@@ -569,20 +591,29 @@ def launch_on(comm, # the processes of the run; None: this one alone
         if run: run.unlock()
 
 # %% ../nbs/12_train.ipynb #fe631525
+def open_again(path, # of a run
+              ): # a locked `Run`, the file of its newest checkpoint or None, what it holds
+    "The run that was begun here before one of its processes died."
+    from mixmix_nb.training import Run
+    run = Run(path)
+    check(run.lock(), f'{path} {run.why}')
+    return run, *newest_checkpoint(run)
+
 def open_together(comm, # the processes of the run; None: this one alone
                   given, # options that the user gave
-                 ): # a locked `Run` or None, the checkpoint or None
+                 ): # a locked `Run` or None, the file of the checkpoint or None, what it holds
     "`open_run` by the first process; the others read the checkpoint that it has chosen."
-    if comm is None: run, _, ckpt = open_run(given); return run, ckpt
+    if comm is None: return open_run(given)
     from mixmix_nb.distributed import OtherRank
     from mixmix_nb.training import read_checkpoint
     mine = []
     def choose():
-        mine.extend(open_run(given))
+        past = comm.recall()
+        mine.extend(open_again(past) if past else open_run(given))
         return [mine[0] and str(mine[0].path), mine[1] and str(mine[1])]
     path, file = comm.first(choose)
-    if mine: return mine[0], mine[2]
-    return path and OtherRank(path), file and read_checkpoint(file, mmap=True)      # its checksums are right: the first has read it
+    if mine: return tuple(mine)
+    return path and OtherRank(path), file and Path(file), file and read_checkpoint(file, mmap=True)      # its checksums are right: the first has read it
 
 def hold_new(o, # dict of options
              comm=None, # the processes of the run; None: this one alone
@@ -595,6 +626,17 @@ def hold_new(o, # dict of options
     from mixmix_nb.distributed import share_run
     return share_run(comm, run)
 
+# %% ../nbs/12_train.ipynb #60fdcffc
+def finished(run, # a `Run`, or None
+             file, # its newest checkpoint, of the last step
+             o, # dict of options
+            ): # True or False
+    "Has a run that stands at its last step left nothing undone?"
+    if run is None: return True
+    if Path(file).name!='final.pt': return False
+    picture = run.samples/'final.png'
+    return not o['num_sample_images'] or picture.exists() and picture.stat().st_mtime>=Path(file).stat().st_mtime
+
 def nothing_to_do(path, # the run's folder, or the checkpoint
                   step, # steps done
                  ): # the same path
@@ -602,19 +644,29 @@ def nothing_to_do(path, # the run's folder, or the checkpoint
     if rank()==0: print(f'{path}: nothing to do, all {step} steps are done')
     return Path(path)
 
+# %% ../nbs/12_train.ipynb #d148f409
+def find_decoder(trainer, # a `Trainer`
+               o, # dict of options
+              ): # the autoencoder or None, and why there is none or ''
+    "The autoencoder that decodes previews, if this process has it."
+    from mixmix_nb.latents import load_vae
+    try: vae = getattr(trainer.data, 'vae', None) or load_vae(o['vae'], trainer.device)
+    except UserError as e: return None, str(e)
+    meta = getattr(trainer.data, 'meta', None)
+    if meta and meta['vae_fingerprint']!=vae.fingerprint(): return None, f'the autoencoder {o["vae"]} is not the one that made these latents'
+    return vae, ''
+
 def decoder(trainer, # a `Trainer`
             run, # a `Run`
             o, # dict of options
-           ): # dict of arguments of `Trainer.preview`
-    "How previews become pictures; a cache can be trained on without its autoencoder, and then there are none."
+           ): # dict of arguments of `Trainer.preview`, the same kind on all processes
+    "How previews become pictures."
     if o['vae']=='none' or not o['num_sample_images']: return {}
-    from mixmix_nb.latents import load_vae
-    try: vae = getattr(trainer.data, 'vae', None) or load_vae(o['vae'], trainer.device)
-    except UserError as e: run.log(f'no previews: {e}'); return dict(n=0)
-    meta = getattr(trainer.data, 'meta', None)
-    if meta and meta['vae_fingerprint']!=vae.fingerprint(): run.log(f'no previews: the autoencoder {o["vae"]} is not the one that made these latents'); return dict(n=0)
+    vae, why = find_decoder(trainer, o)
+    for why in trainer.comm.all_names([why] if why else []): run.log(f'no previews: {why}'); return dict(n=0)
     return dict(clip=False, decode=vae.decode)
 
+# %% ../nbs/12_train.ipynb #f2501bcc
 def class_words(classes, # names of class folders
                ): # list of texts
     "Names that people read: ImageNet's `n01440764` is a tench; others are their own."
@@ -647,7 +699,7 @@ def run_loop(trainer, # a `Trainer`
     "Train to the end, or to a signal."
     preview = dict(n=o['num_sample_images'], steps=o['sample_steps'], cfg_scale=o['cfg_scale'], sampler=o['sampler'], words=all_words(o)) | decoder(trainer, run, o)
     if names := preview_names(o): run.log(names)
-    if rank()==0: run.trackers = trackers(run, o)
+    if rank()==0: run.trackers = trackers(run, o, trainer.step_no)
     done = trainer.fit(run, o, val, o['ckpt_every'], o['ckpt_minutes'], o['keep_ckpts'], o['log_every'], o['num_workers'], preview)
     if done: run.log(f'done: {run.samples/"final.png" if preview["n"] else run.ckpts/"final.pt"}')
 
