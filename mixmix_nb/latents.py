@@ -426,6 +426,7 @@ def clock(seconds, # 0 or more
     "A time for people."
     return f'{seconds:.0f} s' if seconds<90 else f'{seconds/60:.0f} min' if seconds<5400 else f'{seconds/3600:.1f} h'
 
+# %% ../nbs/02_latents.ipynb #0735e340
 def no_memory(e, # an exception
              ): # True or False
     "Does this exception tell that memory did not do, on a GPU or off it?"
@@ -451,6 +452,7 @@ def encode_batch(vae, # a `VAE`
             rates.part = len(v)//2
     return torch.cat(out)
 
+# %% ../nbs/02_latents.ipynb #c40cf20f
 def encode_shard(vae, # a `VAE`
                  batches, # from `picture_batches`, as many as the shard needs
                  plan, # of the cache
@@ -546,6 +548,7 @@ def all_done(self:Claim): # True or False
     if f'{self.start} failed' in states: raise RunError(f'process {states.index(f"{self.start} failed")+1} has failed; start the same command again to go on')
     return all(s==f'{self.start} done' for s in states)
 
+# %% ../nbs/02_latents.ipynb #d7a1dccf
 @contextmanager
 def claimed(folder, # a `Path`, there
            ): # a `Claim`
@@ -678,6 +681,7 @@ def begin(folder, # of the cache, a `Path`
         write_parts(folder/'plan.json', [(json.dumps(plan, indent=1)+'\n').encode()])
     (folder/'cache.json').unlink(missing_ok=True)
 
+# %% ../nbs/02_latents.ipynb #259e047e
 def lead(data, # a `FolderData` or `MemoryData`
          folder, # of the cache, a `Path`
          plan, # of the cache
