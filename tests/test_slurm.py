@@ -70,6 +70,8 @@ def test_settings_environment_arguments(dry):
     assert w==base+'--model=DiT-L/2 --data-path x --steps 5 --resume auto'.split()
     assert '--steps' not in words(dry('--epochs', '3', STEPS='100'))
     assert {'--steps', '--epochs'} & set(words(dry(STEPS='100', EPOCHS='80')))=={'--steps'}
+    assert words(dry('--global-batch-size', '64', BATCH_SIZE='16'))[6:]==['--global-batch-size', '64', '--resume', 'auto'], 'they exclude each other'
+    assert '--batch-size 16' in ' '.join(words(dry(BATCH_SIZE='16')))
 
 def test_a_checkpoint_to_begin_with(dry):
     "--resume FILE holds for the first start; a requeued job goes on with what it has done since."
