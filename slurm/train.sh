@@ -2,6 +2,7 @@
 # Train as a SLURM job that goes on until it is done, however often it is interrupted.
 #   sbatch slurm/train.sh                                         as the settings below say
 #   sbatch slurm/train.sh --data-path my/images --steps 100000    options of `python -m mixmix_nb.train`
+#   sbatch slurm/train.sh --resume old/checkpoints/final.pt --steps 200000       go on from a checkpoint, here in its own run
 #   MODEL=DiT-B/4 EPOCHS=80 sbatch slurm/train.sh                 settings from the environment
 #   sbatch --nodes=4 --gpus-per-node=8 --partition=… slurm/train.sh        options of sbatch
 # Submit from the root of the repository, and read along with: tail -f logs/dit_<jobid>.out
@@ -60,8 +61,16 @@ given --steps || [ -n "$STEPS" ] || add --epochs "$EPOCHS"
 add --lr "$LR"
 add --results-dir "$RESULTS_DIR"
 train+=("$@")
-# The first start may go on from any checkpoint, with --resume FILE; the later ones go on with this job's own run.
-if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] || ! given --resume; then train+=(--resume auto); fi
+# The first start may go on from any checkpoint, with --resume FILE, and its run may be in any folder: the log of this job
+# names it. Later starts go on with that run; where it has no checkpoint yet, they begin with FILE as the first did.
+if ! given --resume; then train+=(--resume auto)
+elif [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]; then
+  log=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *StdOut=//p')
+  log=${log:-logs/dit_$SLURM_JOB_ID.out}
+  mine=$(sed -nE 's/^(.+): [^ ]+, [0-9,]+ parameters, .*/\1/p' "$log" | tail -n 1)
+  if ls "$mine"/checkpoints/*.pt >/dev/null 2>&1; then train+=(--resume auto --results-dir "$(dirname "$mine")")
+  else echo "$log names no run of this job that has a checkpoint: beginning as the first start did" >&2; fi
+fi
 
 # One process needs nobody. Several on a node have a torchrun, and the torchruns of all nodes meet at the first node.
 nodes=${SLURM_JOB_NUM_NODES:-1} cpus=${SLURM_CPUS_PER_TASK:-1}

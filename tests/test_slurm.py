@@ -53,7 +53,7 @@ def dry(tmp_path):
     stub(tmp_path, 'python', 'case $1 in -c) exit 0;; esac\n'+says+'exit ${STATUS:-0}\n')
     stub(tmp_path, 'srun', says)
     stub(tmp_path, 'torchrun', 'case $1 in --help) echo "$HELP";; *) '+says.strip()+';; esac\n')
-    stub(tmp_path, 'scontrol', 'echo "scontrol: $*" >> calls; case "$1 $2" in "show hostnames") printf "a1\\na2\\n";; show*) echo "JobState=$STATE Reason=None";; esac\n')
+    stub(tmp_path, 'scontrol', 'echo "scontrol: $*" >> calls; case "$1 $2" in "show hostnames") printf "a1\\na2\\n";; show*) printf "JobState=%s Reason=None\\n   StdOut=%s\\n" "$STATE" "$STDOUT";; esac\n')
     def run(*args, **env):
         return bash('slurm/train.sh', *args, cwd=tmp_path, **dict(SLURM_JOB_ID='7', PATH=stub_path(tmp_path)) | env)
     return run
@@ -73,10 +73,23 @@ def test_settings_environment_arguments(dry):
     assert words(dry('--global-batch-size', '64', BATCH_SIZE='16'))[6:]==['--global-batch-size', '64', '--resume', 'auto'], 'they exclude each other'
     assert '--batch-size 16' in ' '.join(words(dry(BATCH_SIZE='16')))
 
-def test_a_checkpoint_to_begin_with(dry):
-    "--resume FILE holds for the first start; a requeued job goes on with what it has done since."
+def test_a_checkpoint_to_begin_with(dry, tmp_path):
+    "--resume FILE holds for the first start; a requeued job goes on with the run that its log names, wherever that is, once it has a checkpoint."
+    again = lambda *a: words(dry(*a, SLURM_RESTART_COUNT='1'))[6:]
     assert words(dry('--resume', 'old.pt'))[-2:]==['--resume', 'old.pt']
-    assert words(dry('--resume', 'old.pt', SLURM_RESTART_COUNT='1'))[-2:]==['--resume', 'auto']
+    assert again('--resume', 'old.pt')==['--resume', 'old.pt'], 'nothing was begun'
+    old, new = tmp_path/'else where'/'003-DiT-S-4', tmp_path/'else where'/'004-DiT-S-4'
+    for d in (old, new): (d/'checkpoints').mkdir(parents=True)
+    begun = ''.join(f'{d}: DiT-S/4, 32,958,368 parameters, 1,797 images of 1×8×8, 10 classes, 9 steps of 20 on cpu\n' for d in (old, new))
+    (tmp_path/'logs'/'dit_7.out').write_text(f'said: before\n{begun}step 20/40  loss 0.1\n')
+    assert again('--resume', 'old.pt')==['--resume', 'old.pt'], 'no checkpoint yet'
+    (new/'checkpoints'/'0000005.pt').touch()
+    found = f'--resume auto --results-dir {new.parent}'.split()
+    assert again('--resume=old.pt', '--results-dir=x')==['--resume=old.pt', '--results-dir=x', *found]
+    (tmp_path/'logs'/'dit_7.out').rename(tmp_path/'of my own.log')
+    assert again('--resume', 'old.pt')==['--resume', 'old.pt']
+    assert words(dry('--resume', 'old.pt', SLURM_RESTART_COUNT='1', STDOUT=str(tmp_path/'of my own.log')))[8:]==found, 'sbatch --output'
+    assert words(dry('--steps', '9', SLURM_RESTART_COUNT='1'))[-4:]==['--steps', '9', '--resume', 'auto']
 
 def test_several_processes(dry):
     old, new = 'usage: torchrun', 'usage: torchrun [--signals-to-handle S] [--shutdown-timeout T]'
