@@ -17,6 +17,8 @@
 #SBATCH --requeue
 #SBATCH --signal=B:USR1@120
 
+own=${DATA_PATH+--data-path}${MODEL+--model}                    # settings that are not the defaults below
+
 # Settings. What is left empty the trainer chooses; an option after the script's name wins.
 DATA_PATH=${DATA_PATH-data/coco/imagefolder/train}
 MODEL=${MODEL-DiT-S/4}
@@ -51,6 +53,12 @@ given() { case " $options " in *" $1 "*|*" $1="*) return 0;; esac; return 1; }
 add() { if [ -n "$2" ] && ! given "$1"; then train+=("$1" "$2"); fi; }
 options="$*"
 train=(-m mixmix_nb.train)
+case " $options " in
+  *" --resume auto "*|*" --resume=auto "*) ;;
+  *" --resume "*|*" --resume="*)                                # a checkpoint brings its own, and the defaults are not for it
+    case $own in *--data-path*) ;; *) DATA_PATH=;; esac
+    case $own in *--model*) ;; *) MODEL=;; esac;;
+esac
 add --data-path "$DATA_PATH"
 add --model "$MODEL"
 add --image-size "$IMAGE_SIZE"

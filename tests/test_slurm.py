@@ -75,8 +75,10 @@ def test_settings_environment_arguments(dry):
 
 def test_a_checkpoint_to_begin_with(dry, tmp_path):
     "--resume FILE holds for the first start; a requeued job goes on with the run that its log names, wherever that is, once it has a checkpoint."
-    again = lambda *a: words(dry(*a, SLURM_RESTART_COUNT='1'))[6:]
-    assert words(dry('--resume', 'old.pt'))[-2:]==['--resume', 'old.pt']
+    again = lambda *a: words(dry(*a, SLURM_RESTART_COUNT='1'))[2:]
+    assert words(dry('--resume', 'old.pt'))[2:]==['--resume', 'old.pt'], 'with the data and the model of the checkpoint'
+    assert words(dry('--resume=old.pt', MODEL='DiT-B/4'))[2:]==['--model', 'DiT-B/4', '--resume=old.pt']
+    assert words(dry('--resume', 'auto'))[2:]==words(dry())[2:]
     assert again('--resume', 'old.pt')==['--resume', 'old.pt'], 'nothing was begun'
     old, new = tmp_path/'else where'/'003-DiT-S-4', tmp_path/'else where'/'004-DiT-S-4'
     for d in (old, new): (d/'checkpoints').mkdir(parents=True)
@@ -88,7 +90,7 @@ def test_a_checkpoint_to_begin_with(dry, tmp_path):
     assert again('--resume=old.pt', '--results-dir=x')==['--resume=old.pt', '--results-dir=x', *found]
     (tmp_path/'logs'/'dit_7.out').rename(tmp_path/'of my own.log')
     assert again('--resume', 'old.pt')==['--resume', 'old.pt']
-    assert words(dry('--resume', 'old.pt', SLURM_RESTART_COUNT='1', STDOUT=str(tmp_path/'of my own.log')))[8:]==found, 'sbatch --output'
+    assert words(dry('--resume', 'old.pt', SLURM_RESTART_COUNT='1', STDOUT=str(tmp_path/'of my own.log')))[4:]==found, 'sbatch --output'
     assert words(dry('--steps', '9', SLURM_RESTART_COUNT='1'))[-4:]==['--steps', '9', '--resume', 'auto']
 
 def test_several_processes(dry):
