@@ -45,6 +45,13 @@ trap 'stop TERM' TERM
 said=$(mktemp)
 trap 'rm -f "$said" "$MIXMIX_STOP_FILE"' EXIT
 
+# A controller that is busy for a moment is asked again.
+scontrol() {
+  local pause
+  for pause in 2 5 15; do command scontrol "$@" && return; sleep "$pause"; done
+  command scontrol "$@"
+}
+
 # shellcheck source=slurm/activate.sh
 . slurm/activate.sh
 
@@ -116,7 +123,10 @@ if ! grep -q 'stopped by .*go on with --resume auto' "$said"; then exit "$status
 # (a torchrun that was signalled itself says 1 even then)
 if [ "$status" != 0 ] && [ -z "$asked$several" ]; then exit "$status"; fi
 # Stopped: the same job once more, unless somebody has cancelled it, or SLURM has put it back into the queue already.
-state=$(scontrol show job --oneliner "$SLURM_JOB_ID")
+if ! state=$(scontrol show job --oneliner "$SLURM_JOB_ID"); then
+  echo "SLURM does not say whether this job may go on; if so, submit again with --resume and the newest checkpoint" >&2
+  exit 1
+fi
 case $state in *JobState=RUNNING*|*Reason=TimeLimit*) ;; *) exit "$status";; esac
 if [ "${SLURM_RESTART_COUNT:-0}" -ge "$MAX_RESTARTS" ]; then
   echo "stopped for the $((MAX_RESTARTS+1))th time; to go on, submit again with --resume and the newest checkpoint" >&2

@@ -109,16 +109,29 @@ def calls(folder): return (folder/'calls').read_text() if (folder/'calls').exist
     ('RUNNING', 0, 'stopped', 1, False, 1),             # nobody asked it to stop, and it failed
     ('RUNNING', 0, 'done', 0, False, 0),
     ('RUNNING', 0, 'failed', 2, False, 2),
+    ('RUNNING', 0, 'full', 1, False, 1),                # nothing to go on from
     ('COMPLETING', 0, 'stopped', 0, False, 0),          # cancelled by its owner
     ('PENDING', 1, 'stopped', 0, False, 0),             # in the queue again already
     ('RUNNING', 5, 'stopped', 0, False, 1),             # MAX_RESTARTS
 ])
 def test_requeued_only_where_it_was_stopped(dry, tmp_path, state, restarts, said, status, back, code):
-    lines = dict(stopped='stopped by SIGUSR1 at step 3 of 9; go on with --resume auto', done='done: x', failed='mixmix_nb: no')
+    lines = dict(stopped='stopped by SIGUSR1 at step 3 of 9; go on with --resume auto', done='done: x', failed='mixmix_nb: no',
+                 full='mixmix_nb: stopped by SIGUSR1 at step 3 of 9, and its checkpoint could not be written (No space left on device); earlier ones stay in x')
     stub(tmp_path, 'python', f'case $1 in -c) exit 0;; esac\necho "{lines[said]}"; exit {status}\n')
     r = dry(STATE=state, SLURM_RESTART_COUNT=str(restarts), MAX_RESTARTS='5')
     assert r.returncode==code, r.stdout+r.stderr
     assert ('requeue 7' in calls(tmp_path))==back
+
+@pytest.mark.parametrize('what,busy,back', [('show', 2, True), ('requeue', 2, True), ('show', 9, False), ('requeue', 9, False)])
+def test_a_controller_that_is_busy_is_asked_again(dry, tmp_path, what, busy, back):
+    "After some seconds, and not for ever. Where it does not answer at all the job fails, and is not put back unasked: it may have been cancelled."
+    stub(tmp_path, 'python', 'case $1 in -c) exit 0;; esac\necho "stopped by SIGUSR1 at step 3 of 9; go on with --resume auto"\n')
+    stub(tmp_path, 'scontrol', f'echo "scontrol: $*" >> calls; [ $1 != {what} ] || [ $(grep -c "scontrol: {what}" calls) -gt {busy} ] || exit 1; echo JobState=RUNNING\n')
+    stub(tmp_path, 'sleep', f'case $1 in .*) exec {shutil.which("sleep")} $1;; esac; echo "sleep $1" >> calls\n')
+    r, said = dry(), calls(tmp_path)
+    assert r.returncode==(0 if back else 1) and ('requeued' in r.stdout)==back and ('submit again' in r.stderr)!=back, r.stdout+r.stderr
+    assert said.count(f'scontrol: {what}')==(3 if back else 4) and 'sleep 2\n' in said and 'sleep 5\n' in said
+    assert ('requeue 7' in said)==(what=='requeue' or back)
 
 @pytest.mark.parametrize('name', ['SIGUSR1', 'SIGTERM'])
 def test_a_signal_becomes_the_stop_file(dry, tmp_path, name):
