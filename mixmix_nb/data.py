@@ -357,17 +357,20 @@ def load_digits(): # a `MemoryData` of 1,797 pictures, (1,8,8)
 # %% ../nbs/01_data.ipynb #e323865d
 @patch
 def in_memory(self:FolderData, threads=None, # how many decode at a time; one a core when not given
+              lo=0, # the first picture to read
+              hi=None, # one past the last; None: to the end. All others stay zeros
              ): # a `MemoryData` on the CPU
     "Read every file once, now. Raises `UserError` where no file can be read."
     n, threads = len(self), threads or cpus()
-    x, y, part = torch.empty(n, *self.shape, dtype=torch.uint8), torch.empty(n, dtype=torch.long), max(1, min(256, n//(4*threads)))
-    def read(lo): # names of bad files among lo..lo+part-1
+    hi = n if hi is None else hi
+    x, y, part = torch.zeros(n, *self.shape, dtype=torch.uint8), torch.zeros(n, dtype=torch.long), max(1, min(256, (hi-lo)//(4*threads)))
+    def read(a): # names of bad files among a..a+part-1
         bad = []
-        for i in range(lo, min(lo+part, n)): p, y[i], b = self[i]; x.numpy()[i] = p.numpy(); bad += b
+        for i in range(a, min(a+part, hi)): p, y[i], b = self[i]; x.numpy()[i] = p.numpy(); bad += b
         return bad
     pool = ThreadPoolExecutor(threads)
-    parts = pool.map(read, range(0, n, part))
-    try: bad = sum(progress(parts, total=-(-n//part)) if n>20_000 else parts, [])
+    parts = pool.map(read, range(lo, hi, part))
+    try: bad = sum(progress(parts, total=-(-(hi-lo)//part)) if hi-lo>20_000 else parts, [])
     finally: pool.shutdown(cancel_futures=True)                     # an error or Ctrl-C does not wait for the rest
     return MemoryData(x, y, self.classes, self.name, self.flip, dict.fromkeys(bad))
 
@@ -375,11 +378,17 @@ def in_memory(self:FolderData, threads=None, # how many decode at a time; one a 
 def keep_in_memory(data, # a set
                    device, # a torch.device
                    limit=2**31, # at most so many bytes, and a quarter of the free memory of a CUDA device
+                   comm=None, # other processes that keep the same set; None: there are none
                   ): # a `MemoryData` on the device, or the same `FolderData`
     "Put a set on the device for good if it is small; leave it where it is if not."
     if device.type=='cuda': limit = min(limit, torch.cuda.mem_get_info(device)[0]//4)
-    if len(data)*math.prod(data.shape)>limit: return data
-    return (data.in_memory() if isinstance(data, FolderData) else data).to(device)
+    large, several, n = len(data)*math.prod(data.shape)>limit, comm is not None and comm.world>1, len(data)
+    if comm.most(int(large)) if several else large: return data         # all keep it, or none does
+    if not isinstance(data, FolderData): return data.to(device)
+    if not several: return data.in_memory().to(device)
+    mine = data.in_memory(lo=n*comm.rank//comm.world, hi=n*(comm.rank+1)//comm.world)
+    x, y = (comm.total(v.to(device)) for v in (mine.images, mine.labels))
+    return MemoryData(x, y, data.classes, data.name, data.flip, comm.all_names(mine.bad)).to(device)
 
 # %% ../nbs/01_data.ipynb #7b709171
 @patch
