@@ -437,6 +437,7 @@ def make_trainer(o, # dict of options
     trainer.busy = utilisation_of(net, o, device)
     return trainer
 
+# %% ../nbs/12_train.ipynb #0c005f11
 def utilisation_of(net, # a `DiT`
                    o, # dict of options
                    device, # a torch.device
@@ -463,6 +464,7 @@ def remarks(o, # all options, choices made
     alone = '--shard: one process has nobody to share the model with, and holds all of it' if o['shard'] and world_size()==1 else None
     return [l for l in (slow, alone, exact) if l]
 
+# %% ../nbs/12_train.ipynb #650400d4
 def results_of(given, # options that the user gave
                o, # all options
                run, # the `Run` to go on with, or None
@@ -530,7 +532,7 @@ def plan(given, # options that the user gave
         net, (train_set, val) = build_model(o), prepare_data(o, device, data)
         trainer = make_trainer(o, net, process, train_set, device, comm)
         check_results(o['results_dir'], trainer.checkpoint_bytes())
-        if ckpt: trainer.load_state_dict(ckpt, given['resume'])
+        if ckpt: trainer.load_state_dict(ckpt, given.get('resume', 'the checkpoint'))
     o['remarks'], o['device_type'], o['processes'] = remarks(o, stored, device), device.type, world_size()
     return o | dict(data_path=place(o['data_path'])), trainer, val
 

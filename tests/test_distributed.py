@@ -87,6 +87,11 @@ def test_one_is_silent(tmp_path):
     r = together(2, tmp_path, 'freeze', MIXMIX_TIMEOUT='4')
     assert r.returncode==1 and len(lines(r))==1 and 'rank 1 is gone: not a word' in lines(r)[0], r.stderr[-3000:]
 
+def test_a_collective_has_a_time_out(tmp_path):
+    "A process that lives and does not come is waited for so long, and no longer."
+    r = together(2, tmp_path, 'sleep', MIXMIX_TIMEOUT='4')
+    assert r.returncode==1 and len(lines(r))==1 and 'have waited 4 s for each other in vain (MIXMIX_TIMEOUT)' in lines(r)[0], r.stderr[-3000:]
+
 @pytest.mark.parametrize('task, text', [('refuse', 'this cannot be'), ('fail', 'rank 1 failed: KeyError')])
 def test_one_line_for_all(tmp_path, task, text):
     r = together(2, tmp_path, task, MIXMIX_TIMEOUT='20')

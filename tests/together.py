@@ -2,7 +2,7 @@
 
 `fp32`, `accumulate`, `fp64`: train and save the weights. `begin`: train half of a run and save a checkpoint; `go-on`: the other half.
 `stop`: runs in which one process is asked to stop at some moment. `die`: rank 1 kills itself. `refuse`: rank 0 finds something wrong.
-`fail`: rank 1 has a bug. `freeze`: rank 1 says nothing more, while the other is in no collective.
+`fail`: rank 1 has a bug. `freeze`: rank 1 says nothing more, while the other is in no collective. `sleep`: rank 1 lives, but does not come to a collective.
 `clip`: gradients cut short, with pictures and losses of the average on the way. `NAME+shard`: the same with a model in shards. `overflow`: an infinite gradient in one shard.
 """
 import json, os, random, signal, sys, time
@@ -116,6 +116,9 @@ with as_one(comm):
         if task=='fail':
             if comm.rank==1: raise KeyError('something')
             from_first(comm, lambda: time.sleep(.1)); go(trainer(comm, 10**6))
+        if task=='sleep':
+            if comm.rank==1: time.sleep(60)                                 # its watch goes on: it lives, and does nothing
+            comm.mean(torch.ones(1))
         if task=='freeze':
             if comm.rank==1: comm.over.set(); signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(60)

@@ -1,0 +1,51 @@
+"Ends that nobody plans for: a full disk when a signal asks for a checkpoint, two runs begun at once, all processes killed, one that dies in a new run."
+import os, re, resource, signal, subprocess, sys
+from pathlib import Path
+import pytest
+from conftest import child_env
+from test_torchrun import final, gap, read_until, ranks
+
+RUN = '--model DiT-N/8 --global-batch-size 32 --ckpt-every 6 --log-every 5 --num-sample-images 0'.split()
+
+def train(folder, *options, n=1, agent=(), **kw):
+    "The command, under torchrun for more than one process, in a session of its own."
+    how = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={n}', *agent] if n>1 else []
+    return subprocess.Popen([sys.executable, *how, '-m', 'mixmix_nb.train', *RUN, *map(str, options)], cwd=folder, env=child_env(OMP_NUM_THREADS='1', MIXMIX_TIMEOUT='30'),
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, **kw)
+
+def test_full_disk_when_a_signal_comes(tmp_path):
+    "The checkpoint that the signal asks for cannot be written: status 1, and no invitation to go on from it."
+    small = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))     # a file may have so many bytes: less than a checkpoint
+    p = train(tmp_path, '--steps', 100_000, '--ckpt-every', 100_000, preexec_fn=small)
+    read_until(p, ' loss ')
+    p.send_signal(signal.SIGTERM)
+    out, _ = p.communicate(timeout=60)
+    assert p.returncode==1 and 'go on with' not in out, out[-2000:]
+    assert re.search(r'stopped by SIGTERM at step \d+ of 100000, and its checkpoint could not be written \(File too large\)', out), out[-2000:]
+    assert not [*tmp_path.rglob('*.pt')] and not [*tmp_path.rglob('*.tmp')]
+
+def test_two_at_once(tmp_path):
+    "Two runs that begin at the same moment get two folders."
+    both = [train(tmp_path, '--steps', 6) for _ in range(2)]
+    for p in both: out, _ = p.communicate(timeout=120); assert p.returncode==0, out[-2000:]
+    assert sorted(d.name for d in (tmp_path/'results').iterdir())==['000-DiT-N-8', '001-DiT-N-8']
+    assert len([*tmp_path.rglob('final.pt')])==2
+
+@pytest.mark.skipif(not Path('/proc/self/task').exists(), reason='no /proc to find the ranks in')
+def test_all_killed_and_resumed_on_one(tmp_path, say):
+    "A rank that dies in a run without --resume is started again in the same folder; then all are killed, and one process goes on."
+    p = train(tmp_path, '--steps', 60, n=2, agent=['--max-restarts=1'])
+    read_until(p, 'wrote checkpoints/0000006.pt')
+    os.kill(ranks(p)[1], signal.SIGKILL)
+    again = read_until(p, 'wrote checkpoints/0000024.pt')
+    assert ', from step ' in again, again[-3000:]
+    for pid in [*ranks(p).values(), p.pid]: os.kill(pid, signal.SIGKILL)
+    p.communicate(timeout=60)
+    left = train(tmp_path, '--steps', 60, '--resume', 'auto'); out, _ = left.communicate(timeout=120)
+    assert left.returncode==0 and ', from step ' in out, out[-3000:]
+    alone = tmp_path/'alone'; alone.mkdir()
+    one = train(alone, '--steps', 60); out, _ = one.communicate(timeout=120)
+    assert one.returncode==0, out[-3000:]
+    g = gap(final(tmp_path), final(alone))
+    say(f'one of two ranks killed and started again, then all killed, ended on one process: {g:.0e} from one process alone')
+    assert g<3e-5                                                           # rounding after 60 steps (chapter 11); a step done twice or left out is 1e-4
