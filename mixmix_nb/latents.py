@@ -10,8 +10,9 @@ __all__ = ['MATTERS', 'HUB', 'WEIGHTS', 'WAYS_OUT', 'KINDS', 'FORMAT', 'SAME', '
            'picture_batches', 'Rates', 'clock', 'no_memory', 'encode_batch', 'encode_shard', 'wait_for', 'start_name',
            'look', 'Claim', 'claimed', 'take', 'check_match', 'check_space', 'todo_of', 'finish', 'file_lines',
            'make_shards', 'telling', 'disk_errors', 'begin', 'lead', 'follow', 'encode', 'posterior_noise',
-           'LatentData', 'open_cache', 'latent_digits', 'ahead', 'counts', 'cgroup_free', 'limit_free', 'memory_free',
-           'fits_device', 'keep_latents', 'EncodedData', 'check_options', 'check_device', 'make_cache', 'tell', 'main']
+           'LatentData', 'open_cache', 'latent_digits', 'ahead', 'counts', 'cgroup_limits', 'process_limits',
+           'machine_memory', 'memory_total', 'memory_free', 'fits_device', 'keep_latents', 'EncodedData',
+           'check_options', 'check_device', 'make_cache', 'tell', 'main']
 
 # %% ../nbs/02_latents.ipynb #1a488837
 import hashlib, json, math, os, re, shutil, socket, struct, sys, time, warnings, weakref, zlib
@@ -900,38 +901,57 @@ def counts(path, # a file of Linux with a word and a number on each line
     try: return {k: int(v) for k,v in re.findall(r'^(\w+):?\s+(\d+)\b', Path(path).read_text(), re.M)}
     except OSError: return {}
 
-def cgroup_free(proc='/proc/self/cgroup', # where Linux names the cgroups of this process
-                home='/sys/fs/cgroup', # where it shows them
-               ): # list of bytes, one for each limit
-    "What the cgroups of this process leave, pages of files not counted."
-    free = []
-    for line in Path(proc).read_text().splitlines() if Path(proc).exists() else ():
+def cgroup_limits(proc=Path('/proc'), # where Linux tells of this process
+                  home=Path('/sys/fs/cgroup'), # where it shows the cgroups, version 1 or 2
+                 ): # list of (bytes allowed, bytes left), one for each limit
+    "The limits of the cgroups of this process, from the inner to the outer; pages of files count as left."
+    limits, groups = [], proc/'self'/'cgroup'
+    for line in groups.read_text().splitlines() if groups.exists() else ():
         _, kinds, at = line.split(':', 2)
         if kinds and 'memory' not in kinds.split(','): continue
-        top, names = (Path(home)/'memory', ('memory.limit_in_bytes', 'memory.usage_in_bytes')) if kinds else (Path(home), ('memory.max', 'memory.current'))
+        top, names = (home/'memory', ('memory.limit_in_bytes', 'memory.usage_in_bytes')) if kinds else (home, ('memory.max', 'memory.current'))
         for d in (d for p in [top/at.strip('/')] for d in (p, *p.parents) if top in (d, *d.parents)):
             try: limit, used = (int((d/n).read_text()) for n in names)
             except (OSError, ValueError): continue                  # not shown here, or no limit
             stat = counts(d/'memory.stat')
-            free.append(limit-used+sum(stat.get(f'total_{k}', stat.get(k, 0)) for k in ('active_file', 'inactive_file')))
-    return free
+            files = sum(stat.get(f'total_{k}', stat.get(k, 0)) for k in ('active_file', 'inactive_file'))
+            limits.append((limit, limit-max(0, used-files)))
+    return limits
 
-# %% ../nbs/02_latents.ipynb #f4ff217d
-def limit_free(): # list of bytes, one for each limit
-    "What the limits of this process leave."
+def process_limits(proc=Path('/proc'), # where Linux tells of this process
+                  ): # list of (bytes allowed, bytes left), one for each limit
+    "The limits that this process has of its own (`ulimit -d` and `-v`)."
     try: import resource
     except ImportError: return []
-    used, free = counts('/proc/self/status'), []
+    used, limits = counts(proc/'self'/'status'), []
     for name,k in (('RLIMIT_DATA', 'VmData'), ('RLIMIT_AS', 'VmSize')):
         soft = resource.getrlimit(getattr(resource, name))[0]
-        if soft!=resource.RLIM_INFINITY: free.append(soft-used.get(k, 0)*1024)
-    return free
+        if soft!=resource.RLIM_INFINITY: limits.append((soft, soft-used.get(k, 0)*1024))
+    return limits
 
-def memory_free(): # bytes
-    "Memory that this process may still take: what the machine has, its cgroups leave and its limits allow."
-    machine = [v*1024 for k,v in counts('/proc/meminfo').items() if k=='MemAvailable'] or [2**32]
-    return max(0, min(machine + cgroup_free() + limit_free()))
+# %% ../nbs/02_latents.ipynb #f4ff217d
+def machine_memory(proc=Path('/proc'), # where Linux tells of the machine
+                  ): # bytes it has, bytes available; 4 GiB where nothing tells
+    "What the machine has, whoever uses it."
+    told = counts(proc/'meminfo')
+    try: total = os.sysconf('SC_PAGE_SIZE')*os.sysconf('SC_PHYS_PAGES')
+    except (AttributeError, ValueError, OSError): total = 2**32     # Windows
+    total = told['MemTotal']*1024 if 'MemTotal' in told else total
+    return total, told['MemAvailable']*1024 if 'MemAvailable' in told else min(total, 2**32)
 
+def memory_total(proc=Path('/proc'), # where Linux tells of machine and process
+                 home=Path('/sys/fs/cgroup'), # where it shows the cgroups
+                ): # bytes
+    "Memory that this process may take in all: the least of what the machine has, its cgroups and its limits allow."
+    return min([machine_memory(proc)[0], *(allowed for allowed,_ in cgroup_limits(proc, home)+process_limits(proc))])
+
+def memory_free(proc=Path('/proc'), # where Linux tells of machine and process
+                home=Path('/sys/fs/cgroup'), # where it shows the cgroups
+               ): # bytes, 0 or more
+    "Memory that this process may still take: the least of what the machine has, its cgroups and its limits leave."
+    return max(0, min([machine_memory(proc)[1], *(left for _,left in cgroup_limits(proc, home)+process_limits(proc))]))
+
+# %% ../nbs/02_latents.ipynb #b6403a8a
 def fits_device(data, # a `LatentData`
                 device, # a torch.device
                ): # True or False

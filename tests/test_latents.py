@@ -413,6 +413,48 @@ def test_memory_stays_flat_while_encoding(stuff, tmp_path, say):
     assert size>70 and late<early+size/6, (size, early, late)       # 10 shards of 24 lie between the two medians: a list of all would grow by 5/12
     say(f'encoding {size:.0f} MiB of latents: anonymous memory {early:.0f} MiB in the first half of the shards, {late:.0f} MiB in the second')
 
+def fake_machine(d, groups, files, meminfo='MemTotal: 8000 kB\nMemAvailable: 5000 kB\n'):
+    "A /proc and a tree of cgroups, in two folders: what this process is in, and files with their text."
+    for name,text in {'proc/meminfo': meminfo, 'proc/self/cgroup': groups, 'proc/self/status': 'VmSize: 900 kB\nVmData: 400 kB\n', **{f'cg/{k}': v for k,v in files.items()}}.items():
+        (d/name).parent.mkdir(parents=True, exist_ok=True); (d/name).write_text(str(text))
+    return d/'proc', d/'cg'
+
+KB = 1024
+STAT = f'anon 1\nactive_file {100*KB}\ninactive_file {200*KB}\nfile_mapped 5\n'
+V1 = f'active_file 7\ninactive_file 7\ntotal_active_file {100*KB}\ntotal_inactive_file {200*KB}\n'
+def v2(d, limit, used, stat=STAT): return {f'{d}memory.max': limit, f'{d}memory.current': used, f'{d}memory.stat': stat}
+def v1(d, limit, used): return {f'memory/{d}memory.limit_in_bytes': limit, f'memory/{d}memory.usage_in_bytes': used, f'memory/{d}memory.stat': V1}
+
+@pytest.mark.parametrize('groups,files,total,free', [
+    ('', {}, 8000, 5000),                                           # no cgroup
+    ('0::/\n', v2('', 'max\n', 900*KB), 8000, 5000),                # one without a limit
+    ('0::/\n', v2('', 2000*KB, 900*KB), 2000, 2000-900+300),        # pages of files can be dropped
+    ('0::/\n', v2('', 2000*KB, 200*KB), 2000, 2000),                # never more than is allowed
+    ('0::/a/b\n', v2('a/', 3000*KB, 2500*KB) | v2('a/b/', 'max\n', 100*KB), 3000, 800),      # the outer one counts, too
+    ('0::/a/b\n', v2('a/', 3000*KB, 700*KB) | v2('a/b/', 1000*KB, 700*KB), 1000, 600),
+    ('0::/elsewhere\n', v2('', 1500*KB, 500*KB), 1500, 1300),       # a container that sees its own group at the top
+    ('5:cpu,cpuacct:/x\n4:memory:/x\n', v1('x/', 1000*KB, 800*KB) | v1('', 2**63-4096, 10**6), 1000, 500),    # version 1; the numbers of all inside
+    ('5:cpu:/x\n', v1('x/', 1000*KB, 800*KB), 8000, 5000),          # not in this one
+    ('0::/\n', v2('', 1000*KB, 3000*KB), 1000, 0)])                 # over the limit
+def test_memory_that_cgroups_allow(tmp_path, monkeypatch, groups, files, total, free):
+    import resource
+    monkeypatch.setattr(resource, 'getrlimit', lambda _: (resource.RLIM_INFINITY,)*2)
+    where = fake_machine(tmp_path, groups, files)
+    assert (L.memory_total(*where), L.memory_free(*where))==(total*KB, free*KB)
+
+def test_memory_that_limits_allow(tmp_path, monkeypatch):
+    "`ulimit` counts in what is allowed and in what is left; a machine that tells nothing is taken for one with 4 GiB free."
+    import resource
+    limits = {resource.RLIMIT_DATA: (1500*KB, -1), resource.RLIMIT_AS: (1600*KB, -1)}
+    monkeypatch.setattr(resource, 'getrlimit', lambda k: limits[k])
+    where = fake_machine(tmp_path, '0::/\n', v2('', 3000*KB, 0))
+    assert (L.memory_total(*where), L.memory_free(*where))==(1500*KB, 700*KB)
+    limits = dict.fromkeys(limits, (resource.RLIM_INFINITY,)*2)
+    monkeypatch.setattr(os, 'sysconf', dict(SC_PAGE_SIZE=4096, SC_PHYS_PAGES=2**22).get)
+    assert (L.memory_total(tmp_path, tmp_path), L.memory_free(tmp_path, tmp_path))==(2**34, 2**32)
+    monkeypatch.delattr(os, 'sysconf')
+    assert L.memory_total(tmp_path, tmp_path)==2**32
+
 FLAT = '''
 import resource, sys, torch
 from pathlib import Path
