@@ -7,12 +7,12 @@ __all__ = ['MATTERS', 'HUB', 'WEIGHTS', 'WAYS_OUT', 'KINDS', 'FORMAT', 'SAME', '
            'fetch_vae', 'vae_folder', 'quiet', 'read_vae', 'load_vae', 'latent_bytes', 'room', 'shard_parts',
            'write_parts', 'read_head', 'map_shard', 'allow_files', 'plan_cache', 'why_other', 'plan_fault', 'read_plan',
            'is_cache', 'shards_of', 'shard_path', 'plan_digits', 'shard_fault', 'crc_of', 'Timed', 'collate_timed',
-           'picture_batches', 'Rates', 'clock', 'no_memory', 'encode_batch', 'encode_shard', 'wait_for', 'start_name',
-           'look', 'Claim', 'claimed', 'take', 'check_match', 'check_space', 'todo_of', 'finish', 'file_lines',
-           'make_shards', 'telling', 'disk_errors', 'begin', 'lead', 'follow', 'encode', 'posterior_noise',
-           'LatentData', 'open_cache', 'latent_digits', 'ahead', 'counts', 'cgroup_limits', 'process_limits',
-           'machine_memory', 'memory_total', 'memory_free', 'fits_device', 'keep_latents', 'EncodedData',
-           'check_options', 'check_device', 'make_cache', 'tell', 'main']
+           'picture_batches', 'Rates', 'clock', 'no_memory', 'encode_batch', 'picture_name', 'encode_shard', 'wait_for',
+           'start_name', 'look', 'Claim', 'claimed', 'take', 'check_match', 'check_space', 'todo_of', 'finish',
+           'file_lines', 'make_shards', 'telling', 'disk_errors', 'begin', 'lead', 'follow', 'encode',
+           'posterior_noise', 'LatentData', 'open_cache', 'latent_digits', 'ahead', 'counts', 'cgroup_limits',
+           'process_limits', 'machine_memory', 'memory_total', 'memory_free', 'fits_device', 'keep_latents',
+           'EncodedData', 'check_options', 'check_device', 'make_cache', 'tell', 'main']
 
 # %% ../nbs/02_latents.ipynb #1a488837
 import hashlib, json, math, os, re, shutil, socket, struct, sys, time, warnings, weakref, zlib
@@ -79,7 +79,7 @@ def moments(self:VAE, x, # images, (B,3,H,W) or (B,1,H,W) in [-1,1]
     if self.tiny: mean = self.compute(lambda x: self.model.encode(x).latents, x, self.fine); std = 0*mean
     else:
         mean, logvar = self.compute(lambda x: self.model.encode(x).latent_dist.parameters, x, self.fine).chunk(2, 1)
-        std = (.5*logvar.clamp(-30, 20)).exp()
+        std = (.5*logvar.clamp(-30, 20)).exp() + 0*logvar           # what is not finite stays so, to be noticed
     return (mean-self.shift)*self.scale, std*self.scale
 
 # %% ../nbs/02_latents.ipynb #6c313b1e
@@ -431,7 +431,7 @@ def clock(seconds, # 0 or more
 def no_memory(e, # an exception
              ): # True or False
     "Does this exception tell that memory did not do, on a GPU or off it?"
-    return isinstance(e, MemoryError) or 'out of memory' in str(e) or 'allocate memory' in str(e)
+    return isinstance(e, MemoryError) or 'out of memory' in str(e) or 'allocate memory' in str(e) or 'ALLOC_FAILED' in str(e)
 
 def encode_batch(vae, # a `VAE`
                  x, # uint8 (B,C,H,W)
@@ -454,20 +454,31 @@ def encode_batch(vae, # a `VAE`
     return torch.cat(out)
 
 # %% ../nbs/02_latents.ipynb #c40cf20f
+def picture_name(data, # a `FolderData` or `MemoryData`
+                 i, # number of the picture
+                 bad=(), # files that could not be read
+                ): # text
+    "The file of picture `i`, or of the one that stands in for it; the number where there are no files."
+    if not hasattr(data, 'root'): return f'picture {i}'
+    return os.path.relpath(next(f for j in range(i, i+len(data)) if (f := data.path(j%len(data))) not in bad), data.root)
+
 def encode_shard(vae, # a `VAE`
                  batches, # from `picture_batches`, as many as the shard needs
                  plan, # of the cache
                  rates, # a `Rates`, counted on
+                 name, # a function: what to call a picture, by its number in the shard and the bad files so far
                 ): # dict of tensors, names of bad files
     "Moments and labels of one shard. Raises `RunError` where they are not finite."
     import torch
-    parts, labels, bad = [], [], {}
+    parts, labels, bad, n = [], [], {}, 0
     for x,y,names,seconds in batches:
         t = time.perf_counter()
-        parts.append(encode_batch(vae, x, plan, rates)); labels.append(y); bad |= dict.fromkeys(names)
+        m = encode_batch(vae, x, plan, rates); bad |= dict.fromkeys(names)
+        wrong = (~m.isfinite()).flatten(1).any(1).nonzero()
+        if len(wrong): raise RunError(f'the autoencoder gave numbers that are not finite as fp16 for {name(n+wrong[0].item(), bad)}; take another --vae, or leave that picture out')
+        parts.append(m); labels.append(y); n += len(x)
         rates.n += len(x); rates.decoding += seconds; rates.encoding += time.perf_counter()-t
     m = torch.cat(parts)
-    if not m.isfinite().all(): raise RunError('the autoencoder gave numbers that are not finite as fp16; try --device cpu, or another --vae')
     return dict(mean=m[:,:,0], labels=torch.cat(labels).long()) | (dict(std=m[:,:,1]) if plan['posterior'] else {}), list(bad)
 
 # %% ../nbs/02_latents.ipynb #6d9aed0f
@@ -648,7 +659,7 @@ def make_shards(data, # a `FolderData` or `MemoryData`
     rates = Rates(workers)
     it = telling(it, rates, total, beat)
     for k in todo:
-        tensors, bad = encode_shard(vae, islice(it, len(ranges[k])), plan, rates)
+        tensors, bad = encode_shard(vae, islice(it, len(ranges[k])), plan, rates, lambda i, bad: picture_name(data, cut(k)[i], bad))
         write_parts(shard_path(folder, k), shard_parts(tensors, dict(plan=plan_digits(plan), bad=json.dumps([relative(f) for f in bad]))))
     if todo and rank()==0: Log()(rates.line(total))
 

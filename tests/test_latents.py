@@ -203,7 +203,7 @@ def test_the_others_leave_with_the_first(stuff, tmp_path, monkeypatch):
 
 # ---- memory that does not do, pictures that cannot be read
 
-def test_less_memory_than_a_batch_needs(stuff, tmp_path, monkeypatch):
+def test_less_memory_than_a_batch_needs(stuff, tmp_path, monkeypatch, capsys):
     "A batch is halved until it fits; where one picture does not, one line says so."
     real, most, asked = L.VAE.moments, 3, []
     def moments(self, x):
@@ -216,6 +216,52 @@ def test_less_memory_than_a_batch_needs(stuff, tmp_path, monkeypatch):
     assert (c.gather(torch.arange(N)).float()-whole.gather(torch.arange(N)).float()).abs().max()<5e-3
     most = 0
     with pytest.raises(RunError, match='no memory on cpu to encode one picture of 32 pixels'): again(stuff, tmp_path/'d')
+    with pytest.raises(SystemExit) as e: L.main([*map(str, options(stuff, tmp_path/'d'))])
+    err = capsys.readouterr().err
+    assert e.value.code==1 and err.startswith('mixmix_nb: no memory on cpu') and err.count('\n')==1, err
+    assert not list((tmp_path/'d').glob('shard-*')) and not (tmp_path/'d/cache.json').exists()
+
+def touched(stuff, i, change, **kw):
+    "The autoencoder, with the parameters of one picture's posterior (8,h,w) changed."
+    from types import SimpleNamespace as S
+    vae, x = L.load_vae(stuff/'vae', **kw), open_data(stuff/'photos', SIZE)[i][0].float()/127.5-1
+    real = vae.model.encode
+    def encode(v):
+        p = real(v).latent_dist.parameters.clone()
+        for q,w in zip(p, v):
+            if torch.equal(w, x): change(q)
+        return S(latent_dist=S(parameters=p))
+    vae.model.encode = encode
+    return vae
+
+@pytest.mark.parametrize('what', ['nan', 'too large', 'too small', 'variance', 'mirrored'])
+@pytest.mark.parametrize('i,name', [(30, 'b/028.jpg'), (1, 'a/006.jpg')])      # a/003.jpg is broken, and the next one stands in for it
+def test_not_finite_is_not_kept(stuff, tmp_path, what, i, name):
+    "Numbers that are not finite in fp16 end the work before their shard is written, and name the picture; a sound autoencoder goes on from there."
+    def change(q):
+        if what=='nan': q[0,2,3] = torch.nan
+        if what=='too large': q[1,0,0] = 2e5                        # finite, but not in fp16
+        if what=='too small': q[1,0,0] = -torch.inf
+        if what in ('variance', 'mirrored'): q[6,1,1] = torch.inf   # a clamp would make a number of it
+    data, vae = open_data(stuff/'photos', SIZE), touched(stuff, i, change)
+    if what=='mirrored':
+        real = vae.model.encode; vae.model.encode = lambda v: real(v.flip(-1))
+    with pytest.raises(RunError, match=f'not finite as fp16 for {name}') as e: L.encode(data, vae, tmp_path/'c', batch=4, workers=0, shard=SHARD)
+    assert '\n' not in str(e.value) and not (tmp_path/'c/cache.json').exists()
+    assert sorted(f.name for f in (tmp_path/'c').glob('shard-*'))==[f'shard-{k:05d}.safetensors' for k in range(i//SHARD)]
+    if what=='mirrored': return
+    again(stuff, tmp_path/'c')
+    assert tree(tmp_path/'c')==tree(stuff/'whole')
+
+def test_fp16_overflow_inside_is_computed_again(stuff):
+    "What overflows inside the encoder in fp16 is computed once more in fp32, and is right."
+    vae, x = L.load_vae(stuff/'vae', dtype=torch.float16), torch.rand(2, 3, SIZE, SIZE)*2-1
+    want, real, loud = L.load_vae(stuff/'vae').moments(x), vae.model.encode, torch.eye(3)[:,:,None,None]*1e6
+    seen = []
+    def encode(v): v = torch.nn.functional.conv2d(v, loud); seen.append(bool(v.isfinite().all())); return real(torch.nn.functional.conv2d(v, loud/1e12))
+    vae.model.encode = encode
+    for a,b in zip(vae.moments(x), want): assert torch.allclose(a, b, atol=1e-3)
+    assert seen==[False, True]
 
 def test_lines_from_time_to_time(stuff, tmp_path, monkeypatch, capsys):
     "Within a shard, too, and with what would take less room."
