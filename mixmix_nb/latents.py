@@ -740,6 +740,7 @@ def encode(data, # a `FolderData` or `MemoryData`
            shard=1024, # pictures a file, for a new cache
            verify=False, # read a complete cache, too, and compare its checksums
            patience=1800, # seconds to wait for other processes of torchrun
+           between=lambda: None, # called after each batch; what it raises ends the encoding, and the shards that are done stay
           ): # the folder, a `Path`
     "Encode a set once; a cache that is begun goes on, a complete one stays. Raises `UserError` where it cannot, `RunError` where the disk fails."
     from mixmix_nb.data import cpus
@@ -749,7 +750,7 @@ def encode(data, # a `FolderData` or `MemoryData`
     complete = lambda deep=False: (folder/'cache.json').exists() and not (folder/'plan.json').exists() and not todo_of(folder, plan, range(shards_of(plan)), deep)
     if complete(verify): return folder
     if hasattr(data, 'root'): data[0]                               # nothing is begun where no picture can be read
-    make = lambda todo, beat: make_shards(data, vae, folder, plan, todo, batch, workers, beat)
+    make = lambda todo, beat: make_shards(data, vae, folder, plan, todo, batch, workers, lambda: (beat(), between()))
     with disk_errors(): follow(folder, plan, make, complete, patience) if rank() else lead(data, folder, plan, make, patience)
     return folder
 
@@ -974,12 +975,13 @@ def fits_device(data, # a `LatentData`
 
 def keep_latents(data, # a `LatentData` or `EncodedData`
                  device, # a torch.device
+                 comm=None, # other processes that keep the same set; None: there are none
                 ): # the set, on the device where it fits
     "Put a set of latents on the device for good if it fits; read it ahead of need if not."
     import torch
     from mixmix_nb.data import keep_in_memory
     device = torch.device(device)
-    if isinstance(data, EncodedData): return EncodedData(keep_in_memory(data.data, device), data.vae)
+    if isinstance(data, EncodedData): return EncodedData(keep_in_memory(data.data, device, comm=comm), data.vae)
     return data.to(device) if fits_device(data, device) else data
 
 # %% ../nbs/02_latents.ipynb #3a961abc
