@@ -14,7 +14,7 @@ __all__ = ['DEFAULTS', 'RECIPES', 'KINDS', 'AT_LEAST', 'BELOW_ONE', 'ONE_OF', 'F
            'class_words', 'all_words', 'preview_names', 'run_loop', 'train', 'main', 'synonyms']
 
 # %% ../nbs/12_train.ipynb #095c1b48
-import json, math, os, shutil, subprocess, sys
+import json, math, os, shutil, signal, subprocess, sys
 from contextlib import contextmanager
 from pathlib import Path
 from .core import *
@@ -170,26 +170,33 @@ def open_set(o, # dict of options; what the data decides is filled in
 # %% ../nbs/12_train.ipynb #6f425fa6
 def cached(data, # an `EncodedData`
            o, # dict of options
+           comm=None, # the processes of the run; None: this one alone
           ): # a `LatentData`
-    "The latents of a set from the cache, made now where they are not there. Raises `UserError` where there is no room."
+    "The latents of a set from the cache, made now where they are not there. Raises `UserError` where there is no room, `Stopped` at a signal."
     from mixmix_nb.data import cache_dir
     from mixmix_nb.latents import encode, open_cache
+    from mixmix_nb.training import StopSignal
     name = f'{Path(o["data_path"]).name}-{o["image_size"]}-{data.fingerprint()}' + ('' if o['flip'] else '-noflip')
-    return open_cache(encode(data.data, data.vae, cache_dir()/'latents'/name, o['flip'], workers=o['num_workers']))
+    with StopSignal() as stop:
+        def look():
+            early = [signal.Signals(s).name for s in (comm.noted if comm else ())]       # came before there was a `StopSignal`
+            if stop.asked() or early: raise Stopped(f'stopped by {stop.name or early[0]} while the latents were made, which are kept; go on with --resume auto')
+        return open_cache(encode(data.data, data.vae, cache_dir()/'latents'/name, o['flip'], workers=o['num_workers'], between=look))
 
 def prepare_data(o, # dict of options
                  device, # a torch.device
                  data=None, # the set, where `open_set` was called already
+                 comm=None, # the processes of the run; None: this one alone
                 ): # training set, validation set or None
     "Open the set, hold a part out, and put what is small on the device."
     from mixmix_nb.data import split, keep_in_memory
     from mixmix_nb.latents import EncodedData, LatentData, keep_latents
     data = open_set(o, device) if data is None else data
-    if o['cache_latents'] and isinstance(data, EncodedData): data = cached(data, o)
+    if o['cache_latents'] and isinstance(data, EncodedData): data = cached(data, o, comm)
     train, val = split(data, o['val_fraction'], o['global_seed'])
     check(len(train), f'--val-fraction {o["val_fraction"]} of {len(data)} images leaves none to train on')
     keep = keep_latents if isinstance(data, (EncodedData, LatentData)) else keep_in_memory
-    return keep(train, device), val and keep(val, device)
+    return keep(train, device, comm=comm), val and keep(val, device, comm=comm)
 
 # %% ../nbs/12_train.ipynb #8beed5a8
 def build_model(o, # dict of options
@@ -488,9 +495,10 @@ def batch_that_fits(model, # a `DiT`, on any device, meta too
 
 def memory_of(device, # a torch.device
              ): # bytes
-    "The memory that a device has: a graphics card's own, else the machine's."
+    "The memory that a device has: a graphics card's own, else what the machine, its cgroups and limits allow."
     import torch
-    return torch.cuda.mem_get_info(device)[1] if device.type=='cuda' else os.sysconf('SC_PAGE_SIZE')*os.sysconf('SC_PHYS_PAGES')
+    from mixmix_nb.latents import memory_total
+    return torch.cuda.mem_get_info(device)[1] if device.type=='cuda' else memory_total()
 
 @contextmanager
 def memory_advice(o, # dict of all options
@@ -529,7 +537,7 @@ def plan(given, # options that the user gave
     process = build_process(o)
     check_steps(process, o['sample_steps'], 'sample_steps')
     with memory_advice(o, device):
-        net, (train_set, val) = build_model(o), prepare_data(o, device, data)
+        net, (train_set, val) = build_model(o), prepare_data(o, device, data, comm)
         trainer = make_trainer(o, net, process, train_set, device, comm)
         check_results(o['results_dir'], trainer.checkpoint_bytes())
         if ckpt: trainer.load_state_dict(ckpt, given.get('resume', 'the checkpoint'))
