@@ -2,6 +2,7 @@
 import os, subprocess, sys
 from pathlib import Path
 import pytest
+import forked as server
 
 ROOT = Path(__file__).parent.parent
 os.environ |= dict(MPLBACKEND='Agg', HF_HUB_OFFLINE='1')       # of this process, for commands that are called in it
@@ -17,6 +18,23 @@ def python(*args, # arguments of the interpreter
            **env): # a CompletedProcess with text
     "Run this Python in a process of its own."
     return subprocess.run([sys.executable, *map(str, args)], cwd=cwd, timeout=timeout, env=child_env(**env), capture_output=True, text=True)
+
+def forked(*args, # arguments of the interpreter
+           cwd=None, # where to run
+           timeout=300, # seconds
+           **env): # a CompletedProcess with text
+    "The same, in a process forked from one that has done the imports (see forked.py): for commands of which only what they do is tested."
+    path = os.environ.get('MIXMIX_FORKED')
+    if not path: return python(*args, cwd=cwd, timeout=timeout, **env)
+    return server.run(path, [*map(str, args)], cwd, child_env(**env), timeout)
+
+def pytest_configure(config):
+    if hasattr(config, 'workerinput') or sys.platform!='linux': return            # one server for all workers
+    config.forked = server.Server(child_env())
+    os.environ['MIXMIX_FORKED'] = config.forked.path
+
+def pytest_unconfigure(config):
+    if hasattr(config, 'forked'): config.forked.close(); os.environ.pop('MIXMIX_FORKED')
 
 @pytest.fixture
 def data_dir(): # a `Path`
