@@ -29,7 +29,7 @@ def test_peak_of_s4(say):
 @pytest.mark.timeout(600)
 def test_flat_over_1000_steps(say):
     "The small model's process grows by less than 8 MiB from step 100 to step 1,000."
-    r = python('-c', STEPS+"t = trainer('DiT-N/2', 8, 1, 16, 10, False); steps(t, 100); a = rss(); steps(t, 900); print(rss()-a)", timeout=500,
+    r = python('-c', STEPS+"t = trainer('DiT-N/2', 8, 1, 8, 10, False); steps(t, 100); a = rss(); steps(t, 900); print(rss()-a)", timeout=500,
                MALLOC_ARENA_MAX='1', MALLOC_TRIM_THRESHOLD_='131072')       # without it freed memory comes and goes by 10 MiB
     assert r.returncode==0, r.stderr
     say(f'growth of the small model from step 100 to 1,000: {float(r.stdout):.1f} MiB')
