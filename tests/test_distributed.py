@@ -1,25 +1,34 @@
 "The number of processes does not change a run; all stop at one step; when one dies or refuses, all end, with one line."
-import json, sys
+import json, socket
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import pytest, torch
-from conftest import python
+from conftest import forked
 
 HERE = Path(__file__).parent
 
 def together(n, folder, *tasks, **env):
-    args = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={n}'] if n>1 else []
-    return python(*args, HERE/'together.py', folder, *tasks, timeout=120, **dict(OMP_NUM_THREADS='1') | env)
+    "The tasks on `n` processes of torchrun, which has to notice how they end."
+    args = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={n}']
+    return forked(*args, HERE/'together.py', folder, *tasks, timeout=120, **dict(OMP_NUM_THREADS='1') | env)
+
+def side_by_side(n, folder, *tasks):
+    "The tasks on `n` processes that end well, with the environment that torchrun would give them; what each returned."
+    with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
+    def go(rank):
+        env = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=n, LOCAL_WORLD_SIZE=n, MASTER_ADDR='127.0.0.1', MASTER_PORT=port, OMP_NUM_THREADS=1)
+        return forked(HERE/'together.py', folder, *tasks, timeout=120, **{k: str(v) for k,v in env.items()})
+    with ThreadPoolExecutor(n) as pool: return list(pool.map(go, range(n)))
 
 def lines(r): return [l for l in r.stderr.splitlines() if l.startswith('mixmix_nb:')]
 
 @pytest.fixture(scope='module')
 def work(tmp_path_factory):
-    "Everything that ends well, in one launch for each number of processes."
+    "Everything that ends well, in one start for each number of processes."
     d = tmp_path_factory.mktemp('together')
     for n, tasks in ((2, 'fp32 accumulate fp64 begin go-on stop clip+shard fp64+shard go-on+shard overflow'), (4, 'fp32 fp64 go-on stop clip+shard begin+shard go-on+shard'),
                      (1, 'fp32 accumulate fp64 go-on clip from-shards')):
-        r = together(n, d, *tasks.split())
-        assert r.returncode==0, r.stderr[-3000:]
+        for r in side_by_side(n, d, *tasks.split()): assert r.returncode==0, r.stderr[-3000:]
     return d
 
 def gap(work, a, b):
