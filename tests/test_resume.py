@@ -1,9 +1,8 @@
 "A run that is killed again and again ends as the undisturbed one, bit for bit."
-import csv, sys
-from concurrent.futures import ThreadPoolExecutor
+import csv, subprocess, sys
 from pathlib import Path
 import pytest, torch
-from conftest import python
+from conftest import child_env, forked, python
 
 HERE = Path(__file__).parent
 STEPS = 120
@@ -32,11 +31,11 @@ def load(results):
 
 def chain(folder, points):
     "Kill the run at each point in turn, resume each time; returns the points that were hit and where the run stood."
-    r = python(HERE/'killed.py', *points, '--', *RUN, '--resume', 'auto', cwd=folder)
+    r = forked(HERE/'killed.py', *points, '--', *RUN, '--resume', 'auto', cwd=folder)
     assert r.returncode==0, f'{r.stdout[-500:]} {r.stderr[-500:]}'
     hits = [l[4:] for l in r.stdout.splitlines() if l.startswith('hit ')]
     assert [h.split()[0] for h in hits]==points
-    r = python('-m', 'mixmix_nb.train', *RUN, '--resume', 'auto', cwd=folder)
+    r = forked('-m', 'mixmix_nb.train', *RUN, '--resume', 'auto', cwd=folder)
     assert r.returncode==0, r.stderr
     return hits
 
@@ -59,14 +58,12 @@ def test_killed_and_resumed(points, undisturbed, tmp_path, say):
 
 def test_a_held_run_is_not_taken(tmp_path):
     "Two processes with --resume auto: the second leaves the first one's folder alone."
-    import subprocess
-    from conftest import child_env
     args = ['-m', 'mixmix_nb.train', '--resume', 'auto', '--num-sample-images', '0', '--batch-size', '16', '--model', 'DiT-N/8']
     first = subprocess.Popen([sys.executable, *args, '--steps', '1000000', '--log-every', '1'], cwd=tmp_path, env=child_env(), stdout=subprocess.PIPE, text=True)
     try:
         for line in first.stdout:
             if 'step' in line and 'loss' in line: break
-        r = python(*args, '--steps', '2', cwd=tmp_path)
+        r = forked(*args, '--steps', '2', cwd=tmp_path)
         assert r.returncode==0, r.stderr
         assert sorted(d.name for d in (tmp_path/'results').iterdir())==['000-DiT-N-8', '001-DiT-N-8']
     finally: first.kill(); first.wait()

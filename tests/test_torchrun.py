@@ -2,7 +2,7 @@
 import os, signal, subprocess, sys
 from pathlib import Path
 import pytest, torch
-from conftest import child_env, python
+from conftest import child_env, forked
 
 RUN = '--model DiT-N/8 --global-batch-size 32 --steps 24 --ckpt-every 6 --keep-ckpts 2 --log-every 5 --num-sample-images 0 --resume auto'.split()
 
@@ -33,7 +33,7 @@ def gap(a, b): return max((a[k][n]-b[k][n]).abs().max().item() for k in ('model'
 @pytest.fixture(scope='module')
 def alone(tmp_path_factory):
     d = tmp_path_factory.mktemp('alone')
-    r = python('-m', 'mixmix_nb.train', *RUN, cwd=d)
+    r = forked('-m', 'mixmix_nb.train', *RUN, cwd=d)
     assert r.returncode==0, r.stderr
     return final(d)
 
