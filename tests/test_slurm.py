@@ -1,12 +1,15 @@
 "The batch scripts: their arguments without SLURM, and real jobs on a cluster of two nodes on this machine where slurmctld and munged are installed."
 import os, re, shutil, signal, subprocess, sys, tempfile, time
 from pathlib import Path
-import pytest, torch
-from conftest import ROOT, child_env, python
+import numpy as np, pytest, torch
+from PIL import Image
+from conftest import ROOT, child_env
+from mixmix_nb.train import main
+from test_latents import tiny_model
 from test_resume import same
 
 SCRIPTS = [*sorted((ROOT/'slurm').glob('*.sh')), ROOT/'setup_env.sh', ROOT/'tests'/'slurm_up.sh']
-SMALL = '--data-path digits --model DiT-N/8 --batch-size 20 --num-sample-images 0 --num-workers 0 --log-every 20'.split()
+SMALL = '--data-path pics --image-size 8 --model DiT-N/8 --batch-size 20 --num-sample-images 0 --num-workers 0 --log-every 20'.split()
 HERE_TOO = dict(MASTER_ADDR='127.0.0.1', GLOO_SOCKET_IFNAME='lo', TORCHRUN_ARGS='--local-addr=127.0.0.1')     # the names node1, node2 mean nothing here
 
 def bash(*args, cwd, timeout=60, **env):
@@ -195,42 +198,78 @@ def cluster():
         yield Path(d)
         p.stdin.close(); p.wait(60)
 
+@pytest.fixture(scope='module')
+def pics(tmp_path_factory):
+    "A folder of 60 small pictures: unlike the digits, it needs no scikit-learn, which takes two seconds to import at each start."
+    d, rng = tmp_path_factory.mktemp('pics'), np.random.default_rng(0)
+    for i in range(60):
+        (d/'abc'[i%3]).mkdir(exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (8,8,3), dtype=np.uint8)).save(d/'abc'[i%3]/f'{i:02d}.png')
+    return d
+
+# The trainer, made to wait: after five steps of each of the first WAITS starts of a job it says so, and goes on when it is asked to stop.
+# So a test knows where a run stands when the signal comes, however fast the machine is, and some steps are enough.
+WAITING = '''
+import os, time
+from mixmix_nb import training as tr
+def made_to_wait(start=int(os.environ.get('SLURM_RESTART_COUNT', 0)), done=0, stop=None):
+    step, enter = tr.Trainer.train_step, tr.StopSignal.__enter__
+    def entered(self): nonlocal stop; stop = self; return enter(self)
+    def stepped(self, *args):
+        nonlocal done
+        step(self, *args); done += 1
+        if done!=5 or start>=int(os.environ['WAITS']): return
+        print(f'start {start}, rank {os.environ.get("RANK", 0)} on node {os.environ.get("SLURM_NODEID", 0)} waits', flush=True)
+        while not stop.asked(): time.sleep(.05)
+    tr.Trainer.train_step, tr.StopSignal.__enter__ = stepped, entered
+if __name__=='__main__': made_to_wait()
+exec(compile(open(FILE).read(), FILE, 'exec'))
+'''
+
+@pytest.fixture(scope='module')
+def waiting(tmp_path_factory):
+    "A folder for PYTHONPATH: there `mixmix_nb.train` waits, and all else is what it was."
+    d = tmp_path_factory.mktemp('waiting')
+    (d/'mixmix_nb').mkdir()
+    (d/'mixmix_nb'/'__init__.py').write_text(f'__path__.append({str(ROOT/"mixmix_nb")!r})\n'+(ROOT/'mixmix_nb'/'__init__.py').read_text())
+    (d/'mixmix_nb'/'train.py').write_text(f'FILE = {str(ROOT/"mixmix_nb"/"train.py")!r}'+WAITING)
+    return d
+
 ENDS = ('COMPLETED', 'FAILED', 'CANCELLED', 'TIMEOUT', 'NODE_FAIL')
 
 class Cluster:
     "What a user does: submit, look, signal."
-    def __init__(self, conf, cwd): self.conf, self.cwd, self.jobs = conf, cwd, []
+    def __init__(self, conf, cwd, pics, waiting):
+        self.conf, self.cwd, self.waiting, self.jobs = conf, project(cwd), waiting, []
+        (cwd/'pics').symlink_to(pics)
     def env(self, **extra):
-        return child_env(SLURM_CONF=str(self.conf/'slurm.conf'), OMP_NUM_THREADS='1', PYTHONPATH=f'{extra.pop("first", ROOT)}:{ROOT}',
+        return child_env(SLURM_CONF=str(self.conf/'slurm.conf'), OMP_NUM_THREADS='1', PYTHONPATH=f'{self.waiting}:{ROOT}',
                          PATH=f'{Path(sys.executable).parent}:{os.environ["PATH"]}', **extra)
     def do(self, *cmd, **env):
         r = subprocess.run(list(map(str, cmd)), cwd=self.cwd, env=self.env(**env), capture_output=True, text=True, timeout=60)
         assert r.returncode==0, (cmd, r.stderr)
         return r.stdout
-    def submit(self, *args, options=(), **env):
-        job = self.do('sbatch', '--parsable', '--gpus-per-node=0', '--cpus-per-task=1', *options, 'slurm/train.sh', *args, **env).strip()
+    def submit(self, *args, options=(), script='train', waits=0, **env):
+        job = self.do('sbatch', '--parsable', '--gpus-per-node=0', '--cpus-per-task=1', *options, f'slurm/{script}.sh', *args, WAITS=str(waits), **env).strip()
         self.jobs.append(job)
         return job
-    def out(self, job):
-        f = self.cwd/'logs'/f'dit_{job}.out'
-        return f.read_text() if f.exists() else ''
+    def out(self, job): return ''.join(f.read_text() for f in (self.cwd/'logs').glob(f'*_{job}.out'))
     def about(self, job): return dict(p.split('=', 1) for p in self.do('scontrol', 'show', 'job', '--oneliner', job).split() if '=' in p)
     def until(self, job, what, seconds=240):
         "Wait until `what`, a text in its output or a function of `about`, is there."
         end = time.monotonic()+seconds
         while time.monotonic()<end:
-            over = self.about(job)['JobState'] in ENDS
-            if what in self.out(job) if isinstance(what, str) else what(self.about(job)): return
-            if over: break
-            time.sleep(.3)
+            a = self.about(job)
+            if what in self.out(job) if isinstance(what, str) else what(a): return a
+            if a['JobState'] in ENDS: break
+            time.sleep(.2)
         raise AssertionError(f'waited for {what}: {self.about(job)}\n{self.out(job)[-3000:]}')
-    def ended(self, job):
-        self.until(job, lambda a: a['JobState'] in ENDS)
-        return self.about(job)
+    def ended(self, job): return self.until(job, lambda a: a['JobState'] in ENDS)
+    def signal(self, job, *options): self.do('scancel', *options, job)
 
 @pytest.fixture
-def slurm(cluster, tmp_path):
-    c = Cluster(cluster, project(tmp_path))
+def slurm(cluster, tmp_path, pics, waiting):
+    c = Cluster(cluster, tmp_path, pics, waiting)
     yield c
     for j in c.jobs: subprocess.run(['scancel', '--full', j], env=c.env())
 
@@ -243,95 +282,87 @@ def final(folder): return torch.load(only_run(folder)/'checkpoints'/'final.pt', 
 
 def stopped(out): return [int(n) for n in re.findall(r'stopped by .* at step (\d+) of', out)]
 
-def alone(folder, *args):
-    "The undisturbed run, without SLURM."
-    folder.mkdir()
-    r = python('-m', 'mixmix_nb.train', *SMALL, *args, cwd=folder, OMP_NUM_THREADS='1', PYTHONPATH=str(ROOT))
-    assert r.returncode==0, r.stderr
+def alone(folder, pics, *args):
+    "The undisturbed run, without SLURM: in this process, which has imported torch already, with one thread as the jobs have."
+    n = torch.get_num_threads(); torch.set_num_threads(1)
+    try: main([*SMALL, *args, '--data-path', str(pics), '--results-dir', str(folder/'results')])
+    finally: torch.set_num_threads(n)
     return final(folder)
 
-def test_preempted_twice_and_bit_identical(slurm, tmp_path, say):
-    steps = ['--steps', '800']
-    job = slurm.submit(*SMALL, *steps)
-    slurm.until(job, 'loss'); slurm.do('scancel', '--signal=USR1', '--batch', job)
-    slurm.until(job, 'from step'); slurm.do('scancel', '--signal=TERM', '--batch', job)
-    about, out = slurm.ended(job), slurm.out(job)
-    at = stopped(out)
-    assert (about['JobState'], about['Restarts'], about['ExitCode'])==('COMPLETED', '2', '0:0'), out
-    assert len(at)==2 and 0<at[0]<=at[1]<800, out
-    whole, mine = alone(tmp_path/'alone', *steps), final(tmp_path)
-    for k in ('model', 'ema', 'opt', 'meter', 'train_steps', 'epoch'): same(mine[k], whole[k], k)
-    say(f'SLURM, one node: stopped at steps {at}, requeued twice, finished in one folder, final.pt as undisturbed to the last bit')
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory, pics): return alone(tmp_path_factory.mktemp('whole'), pics, '--steps', '40')
 
+def same_run(mine, whole):
+    for k in ('model', 'ema', 'opt', 'meter', 'train_steps', 'epoch'): same(mine[k], whole[k], k)
+
+@pytest.fixture(scope='module')
+def timed(cluster, tmp_path_factory, pics, waiting):
+    "The job of `test_time_limit`, submitted early: most of its minute it waits."
+    c = Cluster(cluster, tmp_path_factory.mktemp('timed'), pics, waiting)
+    alone(c.cwd/'first', pics, '--steps', '10')
+    c.submit('--resume', 'first/results/000-DiT-N-8/checkpoints/final.pt', '--steps', '40', options=['--time=1', '--signal=B:USR1@25'], waits=1)
+    yield c
+    for j in c.jobs: subprocess.run(['scancel', '--full', j], env=c.env())
+
+@pytest.mark.usefixtures('timed')
+def test_preempted_twice_and_bit_identical(slurm, whole, tmp_path, say):
+    job = slurm.submit(*SMALL, '--steps', '40', waits=2)
+    slurm.until(job, 'start 0, rank 0 on node 0 waits'); slurm.signal(job, '--signal=USR1', '--batch')
+    slurm.until(job, 'start 1, rank 0 on node 0 waits'); slurm.signal(job, '--signal=TERM', '--batch')
+    about, out = slurm.ended(job), slurm.out(job)
+    assert (about['JobState'], about['Restarts'], about['ExitCode'])==('COMPLETED', '2', '0:0'), out
+    assert stopped(out)==[5, 10], out
+    same_run(final(tmp_path), whole)
+    say('SLURM, one node: stopped at steps [5, 10], requeued twice, finished in one folder, final.pt as undisturbed to the last bit')
+
+@pytest.mark.usefixtures('timed')
+def test_training_waits_for_preparation(slurm):
+    "afterok: training begins once the latents are there, and never where preparation failed."
+    tiny_model().save_pretrained(slurm.cwd/'vae')
+    first = slurm.submit(script='prepare', COCO='', DATA_PATH='pics', LATENTS='latents', VAE='vae', IMAGE_SIZE='16')
+    then = slurm.submit('--steps', '2', '--num-sample-images', '0', options=[f'--dependency=afterok:{first}'], DATA_PATH='latents', MODEL='DiT-N/4')
+    fails = slurm.submit('cocoa', script='prepare')
+    never = slurm.submit(options=[f'--dependency=afterok:{fails}'])
+    a, b = slurm.ended(first), slurm.ended(then)
+    assert (a['JobState'], b['JobState'])==('COMPLETED', 'COMPLETED') and b['StartTime']>=a['EndTime'], slurm.out(first)+slurm.out(then)
+    assert '60 images of 4×4×4' in slurm.out(then)
+    assert slurm.ended(fails)['ExitCode']=='2:0'
+    slurm.until(never, lambda a: (a['JobState'], a['Reason'])==('PENDING', 'DependencyNeverSatisfied'))
+    assert not slurm.out(never)
+
+@pytest.mark.usefixtures('timed')
 def test_failure_and_cancellation_end_the_job(slurm):
     "A wrong option: status 2, one start. A job that its owner cancels does not come back, although it could write its checkpoint."
-    bad, long = slurm.submit(*SMALL, '--lr', '-1'), slurm.submit(*SMALL, '--steps', '1000000')
+    bad, long = slurm.submit(*SMALL, '--lr', '-1'), slurm.submit(*SMALL, '--steps', '1000000', waits=1)
     a = slurm.ended(bad)
     assert (a['JobState'], a['ExitCode'], a['Restarts'])==('FAILED', '2:0', '0') and '--lr must be positive' in slurm.out(bad)
-    slurm.until(long, 'loss'); slurm.do('scancel', long)
-    slurm.until(long, lambda a: a['JobState']=='CANCELLED'); time.sleep(2)
+    slurm.until(long, 'waits'); slurm.signal(long)
+    slurm.until(long, lambda a: a['JobState']=='CANCELLED'); time.sleep(1)
     a = slurm.about(long)
-    assert (a['JobState'], a['Restarts'])==('CANCELLED', '0') and len(stopped(slurm.out(long)))==1
+    assert (a['JobState'], a['Restarts'])==('CANCELLED', '0') and stopped(slurm.out(long))==[5]
 
-def test_time_limit(slurm, say):
-    "SLURM itself sends the signal: with --time=1 between 10 and 40 s after the start, since it looks every 30 s."
-    job = slurm.submit(*SMALL, '--steps', '1000000', options=['--time=1', '--signal=B:USR1@20'])
-    slurm.until(job, 'from step'); out = slurm.out(job)
-    assert 'SIGUSR1: asking' in out and len(stopped(out))==1 and f'from step {stopped(out)[0]}' in out, out
-    assert slurm.about(job)['Restarts']=='1'
-    slurm.do('scancel', job); slurm.ended(job)
-    only_run(slurm.cwd)
-    say(f'SLURM, --time=1: the signal came by itself, stopped at step {stopped(out)[0]} and gone on from there')
-
-# what trains on several processes in the test below: it says which rank it is, and stops as `fit` does
-STAND_IN = '''
-import os, sys, time, signal, torch.distributed as dist
-if __name__=='__main__':
-    seen = []
-    for s in (signal.SIGTERM, signal.SIGUSR1): signal.signal(s, lambda n,_: seen.append(n))
-    dist.init_process_group('gloo')
-    r, again = dist.get_rank(), os.environ.get('SLURM_RESTART_COUNT', '0')!='0'
-    node = os.environ['SLURM_NODEID']
-    print(f'rank {r} of {dist.get_world_size()} on node {node}, {sys.argv[1:]}', flush=True)
-    dist.barrier()
-    while not again and not os.path.exists(os.environ['MIXMIX_STOP_FILE']) and not seen: time.sleep(.1)
-    if not again: print(f'rank {r} on node {node} was asked to stop', flush=True)
-    dist.barrier()
-    if r==0: print('done: x' if again else 'stopped by the stop file at step 1 of 2; go on with --resume auto', flush=True)
-    dist.destroy_process_group()
-'''
-
-@pytest.mark.parametrize('whom', ['the script', 'the steps'])
-def test_two_nodes_meet_stop_and_come_back(slurm, tmp_path, whom):
-    "torchrun on both nodes, two processes in all: they meet, the stop reaches both, the job comes back and ends. `the steps`: as at preemption with grace, where SIGTERM comes to torchrun and its processes and not to the script."
-    d = tmp_path/'stand_in'/'mixmix_nb'; d.mkdir(parents=True)
-    (d/'__init__.py').write_text(''); (d/'train.py').write_text(STAND_IN)
-    job = slurm.submit(options=['--nodes=2'], first=d.parent, **HERE_TOO)
-    slurm.until(job, 'rank 0 of 2'); slurm.until(job, 'rank 1 of 2'); time.sleep(.5)
-    slurm.do('scancel', *(['--signal=USR1', '--batch'] if whom=='the script' else ['--signal=TERM']), job)
-    a, out = slurm.ended(job), slurm.out(job)
-    assert (a['JobState'], a['Restarts'], a['ExitCode'])==('COMPLETED', '1', '0:0'), out
-    for node in (0, 1):
-        assert len(re.findall(rf'rank \d of 2 on node {node}', out))==2 and len(re.findall(rf'on node {node} was asked to stop', out))==1, out
-
-def trains_on_several(): # True or False
-    "Is training on several processes wired in?"
-    return 'yet to come' not in (ROOT/'mixmix_nb'/'train.py').read_text()
-
-def test_two_nodes_train(slurm, tmp_path, say):
-    "A run on two nodes, stopped and requeued, is the run of one process to summation order."
-    if not trains_on_several(): pytest.skip('training on several processes is yet to come')
-    steps = ['--steps', '300', '--lr', '1e-4', '--global-batch-size', '20']
+def test_two_nodes_train(slurm, whole, tmp_path, say):
+    """A run on two nodes is the run of one process to summation order. It is stopped twice: by way of the script, and, as at preemption with grace,
+    by a SIGTERM that comes to torchrun and its processes and not to the script."""
     i = SMALL.index('--batch-size')
-    args = SMALL[:i] + SMALL[i+2:]
-    job = slurm.submit(*args, *steps, options=['--nodes=2'], **HERE_TOO)
-    slurm.until(job, 'loss'); slurm.do('scancel', '--signal=USR1', '--batch', job)
+    job = slurm.submit(*SMALL[:i], *SMALL[i+2:], '--global-batch-size', '20', '--steps', '40', options=['--nodes=2'], waits=2, **HERE_TOO)
+    for start, how in enumerate([['--signal=USR1', '--batch'], ['--signal=TERM']]):
+        slurm.until(job, lambda _: {'0', '1'}==set(re.findall(rf'start {start}, rank . on node (.) waits', slurm.out(job))))
+        slurm.signal(job, *how)
     a, out = slurm.ended(job), slurm.out(job)
-    assert (a['JobState'], a['Restarts'])==('COMPLETED', '1') and len(stopped(out))==1, out
-    (tmp_path/'alone').mkdir()
-    r = python('-m', 'mixmix_nb.train', *args, *steps, cwd=tmp_path/'alone', OMP_NUM_THREADS='1', PYTHONPATH=str(ROOT))
-    assert r.returncode==0, r.stderr
-    mine, whole = final(tmp_path)['model'], final(tmp_path/'alone')['model']
+    assert (a['JobState'], a['Restarts'], a['ExitCode'])==('COMPLETED', '2', '0:0') and len(stopped(out))==2 and '2 processes' in out, out
+    mine, whole = final(tmp_path)['model'], whole['model']
     far = max((mine[k]-whole[k]).abs().max().item() for k in whole if whole[k].is_floating_point())
     assert far<1e-5, far
-    say(f'SLURM, two nodes: stopped at step {stopped(out)[0]}, requeued, finished; largest difference to one process {far:.0e}')
+    say(f'SLURM, two nodes: stopped at steps {stopped(out)}, requeued twice, finished; largest difference to one process {far:.0e}')
+
+def test_time_limit(timed, whole, say):
+    """SLURM itself sends the signal: with --time=1 between 5 and 35 s after the start, since it looks every 30 s. The job began with a checkpoint
+    of a run outside its own results folder, and goes on there."""
+    job, = timed.jobs
+    a, out = timed.ended(job), timed.out(job)
+    assert a['JobState']=='COMPLETED' and int(a['Restarts'])==len(stopped(out))>0, out
+    for n in [10, *stopped(out)]: assert f'first/results/000-DiT-N-8: ' in out and f'from step {n}\n' in out, out
+    assert 'SIGUSR1: asking' in out and not (timed.cwd/'results').exists(), out
+    same_run(final(timed.cwd/'first'), whole)
+    say(f'SLURM, --time=1: the signal came by itself at step {stopped(out)[0]}; a run outside of the results folder gone on with, to the last bit')
