@@ -100,7 +100,8 @@ if [ $((nodes*NPROC_PER_NODE)) -gt 1 ]; then
   agent=(--nnodes="$nodes" --nproc-per-node="$NPROC_PER_NODE" --rdzv-backend=c10d --rdzv-endpoint="$meet"
          --rdzv-id="$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}")
   # signals that reach torchrun itself: pass them on, and leave time for a checkpoint
-  can=$(torchrun --help 2>&1)
+  # (read from its file: `torchrun --help` imports torch, which takes seconds at each start)
+  can=$(python -c 'import importlib.util as u; print(open(u.find_spec("torch").submodule_search_locations[0]+"/distributed/run.py").read())')
   case $can in *--signals-to-handle*) agent+=("--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1");; esac
   case $can in *--shutdown-timeout*) agent+=(--shutdown-timeout=100);; esac
   # shellcheck disable=SC2206 # words
