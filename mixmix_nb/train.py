@@ -9,9 +9,9 @@ __all__ = ['DEFAULTS', 'RECIPES', 'KINDS', 'AT_LEAST', 'BELOW_ONE', 'ONE_OF', 'F
            'check_results', 'versions', 'differs', 'check_same', 'place', 'check_data', 'read_config', 'same_data',
            'agrees', 'find_run', 'newest_checkpoint', 'run_folder', 'read_resumable', 'open_run', 'check_trackers',
            'numbers', 'to_tensorboard', 'to_wandb', 'trackers', 'make_trainer', 'utilisation_of', 'remarks',
-           'results_of', 'batch_that_fits', 'memory_of', 'memory_advice', 'plan', 'begin', 'how', 'launch', 'launch_on',
-           'open_again', 'open_together', 'hold_new', 'finished', 'nothing_to_do', 'find_decoder', 'decoder',
-           'class_words', 'all_words', 'preview_names', 'run_loop', 'train', 'main', 'synonyms']
+           'results_of', 'batch_that_fits', 'memory_of', 'memory_advice', 'steps_of', 'plan', 'begin', 'how', 'launch',
+           'launch_on', 'open_again', 'open_together', 'hold_new', 'finished', 'nothing_to_do', 'find_decoder',
+           'decoder', 'class_words', 'all_words', 'preview_names', 'run_loop', 'train', 'main', 'synonyms']
 
 # %% ../nbs/12_train.ipynb #095c1b48
 import json, math, os, shutil, signal, subprocess, sys
@@ -424,13 +424,14 @@ def make_trainer(o, # dict of options
                  data, # the training set
                  device, # a torch.device
                  comm=None, # the processes of the run; None: this one alone
+                 done=0, # steps that the run has behind it
                 ): # a `Trainer`
     "The trainer that the options describe; `epochs` become steps, rounded up."
     from mixmix_nb.training import Trainer
-    from mixmix_nb.speed import allow_tf32, choose_compile, choose_precision, faster, make_scaler
+    from mixmix_nb.speed import allow_tf32, choose_compile, choose_precision, faster, gpu_utilisation, make_scaler
     steps = o['steps'] if 'steps' in o else -(-o['epochs']*len(data)//o['global_batch_size'])
     o['mixed_precision'] = choose_precision(o['mixed_precision'], device)
-    o['compile'] = 'on' if choose_compile(o['compile'], device, steps) else 'off'
+    o['compile'] = 'on' if choose_compile(o['compile'], device, steps-done) else 'off'
     allow_tf32(device)
     several, hold = comm is not None and comm.world>1, None
     if several and o['shard']:
@@ -441,7 +442,7 @@ def make_trainer(o, # dict of options
     trainer = Trainer(net, process, data, o['global_batch_size'], steps, o['global_seed'], o['lr'], o['warmup'], o['lr_schedule'],
         o['weight_decay'], o['beta2'], o['grad_clip'], o['ema_decay'], o['ema_warmup'], o['flip'], device,
         o['accumulate'], wrap, make_scaler(o['mixed_precision'], device), comm, hold)
-    trainer.busy = utilisation_of(net, o, device)
+    trainer.busy, trainer.usage = utilisation_of(net, o, device), lambda: gpu_utilisation(device)
     return trainer
 
 # %% ../nbs/12_train.ipynb #0c005f11
@@ -519,6 +520,12 @@ def memory_advice(o, # dict of all options
                        f'{"" if o["shard"] else "--shard on several devices, "}or a smaller --model') from None
 
 # %% ../nbs/12_train.ipynb #82cf77fe
+def steps_of(ckpt, # a checkpoint, perhaps a hollow one, or None
+            ): # steps that it has behind it
+    "How far a run has come, before its checkpoint has been looked through."
+    n = (ckpt or {}).get('train_steps')
+    return n if isinstance(n, int) else 0
+
 def plan(given, # options that the user gave
          run=None, # the `Run` to go on with
          ckpt=None, # the checkpoint to go on from
@@ -538,7 +545,7 @@ def plan(given, # options that the user gave
     check_steps(process, o['sample_steps'], 'sample_steps')
     with memory_advice(o, device):
         net, (train_set, val) = build_model(o), prepare_data(o, device, data, comm)
-        trainer = make_trainer(o, net, process, train_set, device, comm)
+        trainer = make_trainer(o, net, process, train_set, device, comm, steps_of(ckpt))
         check_results(o['results_dir'], trainer.checkpoint_bytes())
         if ckpt: trainer.load_state_dict(ckpt, given.get('resume', 'the checkpoint'))
     o['remarks'], o['device_type'], o['processes'] = remarks(o, stored, device), device.type, world_size()

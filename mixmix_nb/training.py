@@ -639,7 +639,8 @@ def draw_curves(self:Run):
     from matplotlib.figure import Figure
     rows = self.read_metrics()
     if not rows: return
-    fig = Figure(figsize=(10,3), layout='constrained')
+    fig = Figure(figsize=(10,3))
+    fig.subplots_adjust(.055, .16, .99, .96, .2)                            # fixed: to search for margins would take as long as all the rest
     for ax,keys in zip(fig.subplots(1, 3), (('loss','val_loss'), ('mse','vb'), ('grad_norm',))):
         for k in keys:
             pts = [(r['step'], r[k]) for r in rows if math.isfinite(r.get(k, math.nan))]
