@@ -6,7 +6,7 @@ only when it starts cannot be set for a command (`EARLY`), and its memory begins
 import json, os, signal, socket, subprocess, sys, tempfile, types
 from pathlib import Path
 
-EARLY = ('PYTHON', 'LD_', 'MALLOC_', 'GLIBC_', 'MKL_', 'OPENBLAS_', 'KMP_', 'TORCH_', 'PYTORCH_', 'MPL', 'HF_', 'LC_', 'LANG')
+EARLY = ('PYTHON', 'LD_', 'MALLOC_', 'GLIBC_', 'MKL_', 'OPENBLAS_', 'TORCH_', 'PYTORCH_', 'MPL', 'HF_', 'LC_', 'LANG')
 SLOW = '''torch torch._dynamo torch.optim torch.func torch.distributed.run torch.distributed.tensor torch.distributed.fsdp torch.utils.data torch.utils.flop_counter
 torchvision.io torchvision.transforms numpy PIL.Image matplotlib.figure matplotlib.pyplot sklearn.datasets sklearn.neighbors scipy.stats nbdev.test execnb.shell
 diffusers.models.autoencoders.autoencoder_kl diffusers.models.autoencoders.autoencoder_tiny diffusers.models.transformers.dit_transformer_2d
