@@ -36,6 +36,24 @@ def pytest_configure(config):
 def pytest_unconfigure(config):
     if hasattr(config, 'forked'): config.forked.close(); os.environ.pop('MIXMIX_FORKED')
 
+# of the longest tests, roughly, on two busy cores; a name is a part of a test's
+SECONDS = {'test_main_job': 200, 'test_latents': 150, 'test_slurm': 130, 'test_distributed': 100, 'test_resume.py': 80, 'test_torchrun': 70, 'test_coco': 60, 'test_peak': 50,
+           'nbs/12': 50, 'nbs/08': 40, 'nbs/11': 40, 'nbs/09': 35, 'nbs/10': 30, 'nbs/05': 25, 'nbs/07': 25, 'nbs/02': 25, 'test_folder': 25, 'test_flat': 25, 'nbs/01': 20,
+           'test_interrupted.py': 20, 'test_commands.py::test_s': 15, 'test_speed': 15, 'test_repo': 10, 'nbs/': 10, 'test_forked': 9}
+TOGETHER = 'test_coco', 'test_distributed', 'test_latents', 'test_repo', 'test_resume', 'test_slurm', 'test_torchrun'       # their tests share what takes long to make
+
+def pytest_collection_modifyitems(items):
+    "The longest begin first, so that none is alone at the end."
+    items.sort(key=lambda item: -next((s for name,s in SECONDS.items() if name in item.nodeid), 0))
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    "Tests one by one in this order, and those of some files in one process."
+    from xdist.scheduler import LoadScopeScheduling
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid): return f if Path(f := nodeid.split('::')[0]).stem in TOGETHER else nodeid
+    return Scheduling(config, log) if config.getvalue('dist')=='loadscope' else None
+
 @pytest.fixture
 def data_dir(): # a `Path`
     "The folder with data for tests (see CONTRIBUTING.md)."

@@ -4,7 +4,6 @@ from conftest import ROOT, forked, python
 
 NOTEBOOKS = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if not any(d.startswith(('.','_')) for d in p.relative_to(ROOT).parts))
 LIMIT = 300         # seconds; a chapter takes well under a minute on two idle cores
-SLOW_FIRST = ('09', '08', '12', '11', '05', '07')
 # called as a function: from `python -c` its command line is not read, and it would run every notebook
 RUN = 'import sys; from nbdev.test import nbdev_test; nbdev_test(sys.argv[1], n_workers=0, do_print=True)'
 
@@ -12,9 +11,7 @@ def run(nb):
     how = python if nb=='nbs/index.ipynb' else forked               # the shortest in an interpreter of its own
     return how('-c', RUN, nb, cwd=ROOT, timeout=LIMIT)
 
-def weight(p): return (p.parent.name=='solutions', not p.name.startswith(SLOW_FIRST), p.name)
-
-@pytest.mark.parametrize('nb', [str(p.relative_to(ROOT)) for p in sorted(NOTEBOOKS, key=weight)])
+@pytest.mark.parametrize('nb', [str(p.relative_to(ROOT)) for p in NOTEBOOKS])
 def test_notebook(nb):
     r = run(nb)
     out = r.stdout+r.stderr
