@@ -66,11 +66,13 @@ def box_window(i, # which window, 0 ≤ i < n//2
 
 # %% ../nbs/01_data.ipynb #8a42cbdf
 def shrink(x, # uint8 (H,W,C)
-           h, w, # new sides, pixels
-           **kw, # which filter, for `F.interpolate`
+           h, # new height, pixels
+           w, # new width, pixels
+           mode, # filter, `bilinear` or `bicubic`
+           antialias=False, # widen the filter where pixels become fewer
           ): # uint8 (h,w,C)
     "Another size, for pictures that have the colours of a pixel side by side in memory."
-    return F.interpolate(x.contiguous()[None].permute(0, 3, 1, 2), (h,w), **kw)[0].permute(1, 2, 0)
+    return F.interpolate(x.contiguous()[None].permute(0, 3, 1, 2), (h,w), mode=mode, antialias=antialias)[0].permute(1, 2, 0)
 
 def box_means(x, # uint8 (H,W,C)
               windows, # numbers of windows, from 0 to half of the side -1
