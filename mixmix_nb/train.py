@@ -379,6 +379,7 @@ def numbers(row, # of metrics
     "The numbers in a row of metrics that were measured."
     return {k: v for k,v in row.items() if isinstance(v, (int,float)) and v==v}
 
+# %% ../nbs/12_train.ipynb #369357c0
 def to_tensorboard(run, # a `Run`
                    o, # dict of options
                    step, # the step to go on from

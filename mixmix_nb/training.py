@@ -146,6 +146,7 @@ def never(): # False
 PARTS = ('loss', 'mse', 'vb', 'grad_norm')                              # summed over the steps since the last reading
 METERS = ('steps', *PARTS, 'skipped', 'bad_row', 'worst_row')           # kept on the device
 
+# %% ../nbs/09_training.ipynb #d18e48fa
 class Trainer:
     "A model, its optimizer, its average and its position in the stream: all that a checkpoint holds."
     def __init__(self, model, # (x, t, y) → prediction, with `num_classes` and `class_dropout_prob`
