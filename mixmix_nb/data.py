@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['MAX_PIXELS', 'EXTENSIONS', 'JUNK', 'LAYOUT', 'NAMED', 'grey_levels', 'pil_rgb', 'read_image', 'box_window', 'shrink',
            'box_means', 'halve_side', 'halve', 'center_crop', 'is_picture', 'is_folder', 'find_images', 'FolderData',
-           'list_folder', 'open_folder', 'Order', 'StepSampler', 'as_batch', 'collate', 'cpus', 'obey_parent',
-           'heed_parent_alone', 'MemoryData', 'load_digits', 'keep_in_memory', 'split', 'size_of', 'digest_of',
-           'cache_dir', 'load_torchvision', 'link_debian_fashion', 'load_fashion', 'load_cifar10', 'open_data']
+           'no_memory', 'reason', 'list_folder', 'open_folder', 'Order', 'StepSampler', 'as_batch', 'collate', 'cpus',
+           'obey_parent', 'heed_parent_alone', 'MemoryData', 'load_digits', 'keep_in_memory', 'split', 'size_of',
+           'digest_of', 'cache_dir', 'load_torchvision', 'link_debian_fashion', 'load_fashion', 'load_cifar10',
+           'open_data']
 
 # %% ../nbs/01_data.ipynb #3e9302ec
 import gzip, hashlib, io, math, multiprocessing, os, signal, socket, sys, threading, warnings
@@ -15,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
 from fastcore.basics import patch
-from .core import UserError, generator, progress
+from .core import RunError, UserError, generator, progress
 
 # %% ../nbs/01_data.ipynb #1f373967
 def grey_levels(im, # a PIL image with 16, 32 or float bits of grey, modes I, I;16 or F
@@ -164,15 +165,28 @@ class FolderData:
     def path(self, i): return os.path.join(self.root, os.fsdecode(self.files[i]))
 
 # %% ../nbs/01_data.ipynb #1df473ba
+def no_memory(e, # an exception
+             ): # True or False
+    "Does this exception tell that memory did not do, on a GPU or off it?"
+    return isinstance(e, MemoryError) or any(s in str(e) for s in ('out of memory', 'allocate memory', 'ALLOC_FAILED'))
+
+def reason(e, # an exception
+          ): # one line
+    "What an exception says, without the traceback that wraps it when it comes from a worker process."
+    return str(e).strip().splitlines()[-1].split('Error: ', 1)[-1]
+
+# %% ../nbs/01_data.ipynb #5f156ddb
 @patch
 def __getitem__(self:FolderData, i): # uint8 (3,size,size), label, names of the bad files met on the way
-    "Picture `i`, or the next one that can be read. Raises `UserError` where there is none."
+    "Picture `i`, or the next one that can be read. Raises `UserError` where there is none, `RunError` where memory does not do."
     bad = []
     for j in range(len(self)):
         k = (int(i)+j)%len(self)
         try:
             if k not in self.known_bad: return center_crop(read_image(self.path(k)), self.size), int(self.labels[k]), bad
-        except Exception: self.known_bad.add(k)
+        except Exception as e:
+            if no_memory(e): raise RunError(f'no memory to decode {self.path(k)}') from None
+            self.known_bad.add(k)
         bad.append(self.path(k))
     raise UserError(f'not one picture in {self.root} can be read')
 
@@ -303,14 +317,14 @@ def batches(self:FolderData, seed, # the run's seed
            ): # yields (uint8 (B,C,H,W), labels (B,), bad files not named before)
     "Batches of steps start..stop-1; how many workers decode them changes nothing. Raises `UserError` where no file can be read."
     steps = StepSampler(Order(len(self), seed), batch, start, stop, lo, batch if hi is None else hi)
-    named, none = set(), False
+    named, failed = set(), None
     try:
         for x,y,bad in self.loader(steps, workers):
             new = [f for f in dict.fromkeys(bad) if f not in named]
             named.update(new)
             yield x, y, new
-    except UserError: none = True
-    if none: raise UserError(f'not one picture in {self.root} can be read')     # out here, where nothing holds the workers
+    except UserError as e: failed = type(e)(reason(e))
+    if failed: raise failed                                         # out here, where nothing holds the workers
 
 # %% ../nbs/01_data.ipynb #d877842e
 class MemoryData:

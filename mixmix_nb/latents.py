@@ -7,7 +7,7 @@ __all__ = ['MATTERS', 'HUB', 'WEIGHTS', 'WAYS_OUT', 'KINDS', 'FORMAT', 'SAME', '
            'fetch_vae', 'vae_folder', 'quiet', 'read_vae', 'load_vae', 'latent_bytes', 'room', 'shard_parts',
            'write_parts', 'read_head', 'map_shard', 'allow_files', 'plan_cache', 'why_other', 'plan_fault', 'read_plan',
            'is_cache', 'shards_of', 'shard_path', 'plan_digits', 'shard_fault', 'crc_of', 'Timed', 'collate_timed',
-           'picture_batches', 'Rates', 'clock', 'no_memory', 'encode_batch', 'picture_name', 'encode_shard', 'wait_for',
+           'picture_batches', 'Rates', 'clock', 'encode_batch', 'picture_name', 'encode_shard', 'wait_for',
            'start_name', 'look', 'Claim', 'claimed', 'take', 'check_match', 'check_space', 'todo_of', 'finish',
            'file_lines', 'make_shards', 'telling', 'disk_errors', 'begin', 'lead', 'follow', 'encode',
            'posterior_noise', 'LatentData', 'open_cache', 'latent_digits', 'ahead', 'counts', 'cgroup_limits',
@@ -394,14 +394,14 @@ def picture_batches(data, # a `FolderData` or `MemoryData`
                    ): # yields uint8 (B,C,H,W), labels (B,), names of bad files, seconds
     "Pictures in the order of the set. Raises `UserError` where no file can be read."
     import torch
-    from mixmix_nb.data import heed_parent_alone
+    from mixmix_nb.data import heed_parent_alone, reason
     if hasattr(data, 'images'): yield from ((data.images[r.start:r.stop], data.labels[r.start:r.stop].cpu(), [], 0.) for r in ranges); return
     if workers: import torchvision.io                               # once, here, and not in each worker
-    none = False
+    failed = None
     try: yield from torch.utils.data.DataLoader(Timed(data), batch_sampler=ranges, collate_fn=collate_timed, num_workers=workers,
             generator=torch.Generator(), worker_init_fn=heed_parent_alone, pin_memory=torch.cuda.is_available())
-    except UserError: none = True
-    if none: raise UserError(f'not one picture in {data.root} can be read')
+    except UserError as e: failed = type(e)(reason(e))
+    if failed: raise failed                                         # out here, where nothing holds the workers
 
 # %% ../nbs/02_latents.ipynb #d271e786
 class Rates:
@@ -428,11 +428,6 @@ def clock(seconds, # 0 or more
     return f'{seconds:.0f} s' if seconds<90 else f'{seconds/60:.0f} min' if seconds<5400 else f'{seconds/3600:.1f} h'
 
 # %% ../nbs/02_latents.ipynb #0735e340
-def no_memory(e, # an exception
-             ): # True or False
-    "Does this exception tell that memory did not do, on a GPU or off it?"
-    return isinstance(e, MemoryError) or 'out of memory' in str(e) or 'allocate memory' in str(e) or 'ALLOC_FAILED' in str(e)
-
 def encode_batch(vae, # a `VAE`
                  x, # uint8 (B,C,H,W)
                  plan, # of the cache
@@ -440,6 +435,7 @@ def encode_batch(vae, # a `VAE`
                 ): # fp16 (B,m,k,C,h,w) on the CPU: m with mirror images 2, k with standard deviations 2
     "Moments of a batch. Raises `RunError` where memory does not do for one picture."
     import torch
+    from mixmix_nb.data import no_memory
     out, i = [], 0
     while i<len(x):
         v = x[i:i+rates.part]

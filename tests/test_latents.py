@@ -221,6 +221,21 @@ def test_less_memory_than_a_batch_needs(stuff, tmp_path, monkeypatch, capsys):
     assert e.value.code==1 and err.startswith('mixmix_nb: no memory on cpu') and err.count('\n')==1, err
     assert not list((tmp_path/'d').glob('shard-*')) and not (tmp_path/'d/cache.json').exists()
 
+@pytest.mark.parametrize('workers', [0, 1])
+def test_no_memory_to_decode(stuff, tmp_path, monkeypatch, capsys, workers):
+    "Where memory does not do for one picture, the picture does not count as broken: one line, and nothing is kept."
+    import torchvision.io
+    def decode_jpeg(*args, **kw): raise RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
+    monkeypatch.setattr(torchvision.io, 'decode_jpeg', decode_jpeg)
+    with pytest.raises(SystemExit) as e: L.main([*map(str, options(stuff, tmp_path/'c')[:-1]), str(workers)])
+    err = capsys.readouterr().err
+    assert e.value.code==1 and err.count('\n')==1 and re.search(r'^mixmix_nb: no memory to decode .*000\.jpg$', err.strip()), err
+    assert not (tmp_path/'c').exists()
+    data = open_data(stuff/'photos', SIZE)
+    with pytest.raises(RunError, match=r'^no memory to decode .*000\.jpg$'): next(L.picture_batches(data, [range(2)], workers))
+    with pytest.raises(RunError, match=r'^no memory to decode \S*jpg$'): next(data.batches(0, 2, 0, 1, workers=workers))
+    assert not data.known_bad & {0}
+
 def touched(stuff, i, change, **kw):
     "The autoencoder, with the parameters of one picture's posterior (8,h,w) changed."
     from types import SimpleNamespace as S
