@@ -508,10 +508,10 @@ def memory_advice(o, # dict of all options
                  ):
     "Turn «out of memory» into one line with what would fit and changes nothing else."
     import torch
-    from mixmix_nb.training import out_of_memory
+    from mixmix_nb.data import no_memory
     try: yield
     except (MemoryError, RuntimeError) as e:
-        if not out_of_memory(e): raise
+        if not no_memory(e): raise
         n = o['batch_size']; part = n//o['accumulate']
         with torch.device('meta'): model = build_model(o)
         b = batch_that_fits(model, part, memory_of(device), world_size() if o['shard'] else 1)

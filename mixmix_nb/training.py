@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['PARTS', 'METERS', 'COLUMNS', 'to_float', 'update_ema', 'ema_decay', 'mirror', 'lr_at', 'has_fused', 'make_optimizer',
            'OneProcess', 'Whole', 'never', 'Trainer', 'to_model', 'why_unreadable', 'check_sums', 'read_checkpoint',
-           'load_weights', 'NoWaiting', 'clip_grads', 'preview_labels', 'LeftOff', 'out_of_memory', 'RunLog', 'Run',
-           'run_number', 'claim', 'new_run', 'close_in_children', 'csv_lines', 'titled', 'save_image', 'StopSignal',
-           'Stopwatch', 'peak_memory', 'check_room']
+           'load_weights', 'NoWaiting', 'clip_grads', 'preview_labels', 'LeftOff', 'RunLog', 'Run', 'run_number',
+           'claim', 'new_run', 'close_in_children', 'csv_lines', 'titled', 'save_image', 'StopSignal', 'Stopwatch',
+           'peak_memory', 'check_room']
 
 # %% ../nbs/09_training.ipynb #f49c4684
 import copy, csv, errno, json, math, os, shutil, signal, sys, time, warnings, weakref, zipfile
@@ -19,6 +19,7 @@ from fastcore.basics import patch
 from .core import UserError, RunError, Log, at_terminal, generator, make_grid, progress, write_whole
 from .core import draws as draw_numbers
 from .conditioning import drop_labels
+from .data import no_memory
 from .samplers import SAMPLERS, Noise, guided
 
 # %% ../nbs/09_training.ipynb #f6d9309e
@@ -419,10 +420,6 @@ def preview_labels(num_classes, # K
 class LeftOff(Exception):
     "Somebody has asked to stop while pictures were being drawn or a loss was being measured."
 
-def out_of_memory(e): # True or False
-    "Does an exception say that memory was too small?"
-    return isinstance(e, MemoryError) or isinstance(e, RuntimeError) and any(w in str(e) for w in ('out of memory', 'allocate memory'))
-
 @patch
 def heeding(self:Trainer, f, # a function
            ): # the same function; raises `LeftOff` or `MemoryError`, in all processes alike
@@ -430,7 +427,7 @@ def heeding(self:Trainer, f, # a function
     def g(*args, **kwargs):
         try: out, state = f(*args, **kwargs), 0
         except (MemoryError, RuntimeError) as e:
-            if not out_of_memory(e): raise
+            if not no_memory(e): raise
             out, state = None, 2
         state = self.comm.most(max(state, int(self.asked())))
         if state==2: raise MemoryError('out of memory')
