@@ -96,7 +96,7 @@ command=(python "${train[@]}")
 several=
 if [ $((nodes*NPROC_PER_NODE)) -gt 1 ]; then
   several=yes
-  meet=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}:${MASTER_PORT:-$((20000+SLURM_JOB_ID%10000))}
+  meet=${MASTER_ADDR:-$(command scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}:${MASTER_PORT:-$((20000+SLURM_JOB_ID%10000))}
   agent=(--nnodes="$nodes" --nproc-per-node="$NPROC_PER_NODE" --rdzv-backend=c10d --rdzv-endpoint="$meet"
          --rdzv-id="$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}")
   # signals that reach torchrun itself: pass them on, and leave time for a checkpoint
