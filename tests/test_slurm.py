@@ -255,10 +255,10 @@ class Cluster:
         return job
     def out(self, job): return ''.join(f.read_text() for f in (self.cwd/'logs').glob(f'*_{job}.out'))
     def about(self, job): return dict(p.split('=', 1) for p in self.do('scontrol', 'show', 'job', '--oneliner', job).split() if '=' in p)
-    def hurry(self):
-        "Requeued jobs start now and not in six seconds, and have time enough for what is left."
+    def more_time(self):
+        "For jobs that come back: a slow machine is not to reach a short time limit again and again."
         for line in self.do('squeue', '--noheader', '--format=%i %r').splitlines():
-            if line.endswith(' BeginTime'): subprocess.run(['scontrol', 'update', f'JobId={line.split()[0]}', 'StartTime=now', 'TimeLimit=60'], env=self.env(), capture_output=True)
+            if line.endswith(' BeginTime'): self.do('scontrol', 'update', f'JobId={line.split()[0]}', 'TimeLimit=60')
     def until(self, job, what, seconds=240):
         "Wait until `what`, a text in its output or a function of `about`, is there."
         end = time.monotonic()+seconds
@@ -266,7 +266,7 @@ class Cluster:
             a = self.about(job)
             if what in self.out(job) if isinstance(what, str) else what(a): return a
             if a['JobState'] in ENDS: break
-            self.hurry(); time.sleep(.2)
+            self.more_time(); time.sleep(.2)
         raise AssertionError(f'waited for {what}: {self.about(job)}\n{self.out(job)[-3000:]}')
     def ended(self, job): return self.until(job, lambda a: a['JobState'] in ENDS)
     def signal(self, job, *options): self.do('scancel', *options, job)
