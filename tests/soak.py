@@ -15,6 +15,8 @@ os.environ |= dict(OMP_NUM_THREADS='1', MPLBACKEND='Agg', HF_HUB_OFFLINE='1', MI
 import torch, torch.distributed as dist, mixmix_nb.distributed, mixmix_nb.train as mt, mixmix_nb.training as tr, mixmix_nb.data, mixmix_nb.models, mixmix_nb.diffusion, mixmix_nb.speed, mixmix_nb.latents
 from test_resume import same
 
+LIMIT = 75      # seconds: one who is killed before the ranks have met is waited for as long as MIXMIX_TIMEOUT says; torchrun would notice it at once
+
 def options(a): return f'--model DiT-N/8 --global-batch-size 34 --steps {a.steps} --ckpt-every 97 --keep-ckpts 3 --log-every 53 --num-sample-images 0 --lr 1e-3 --val-fraction 0.05'.split()
 
 class Forked:
@@ -121,10 +123,10 @@ def main():
         for r in life.ranks if who=='both' else [life.ranks[int(who[-1])]]:
             try: os.kill(r, n)
             except ProcessLookupError: pass
-        ended = wait(life, 40)
+        ended = wait(life, LIMIT)
         status = sorted(life.status.values()) if isinstance(life, Forked) else life.p.returncode
         life.end()
-        assert ended is not None, f'life {k} ({name} to {who} after {moment:.2f} s) has not ended within 40 s'
+        assert ended is not None, f'life {k} ({name} to {who} after {moment:.2f} s) has not ended within {LIMIT} s'
         now, k = read_all(soak), k+1
         slowest = max(slowest, ended); counts[f'{name} to {who}{" (torchrun)" if isinstance(life, Launched) else ""}'] += 1
         print(f'{k:3d}  {name} to {who:6s} after {moment:5.2f} s, ended {ended:4.1f} s later, status {status}; newest checkpoint {before} → {now}', flush=True)
