@@ -91,15 +91,15 @@ def faster(model, # a `DiT`, changed in place where `grad_checkpoint`
 
 # %% ../nbs/10_speed.ipynb #df6fee13
 PEAKS = {'B200': 2250, 'H200': 989, 'GH200': 989, 'H100': 989, 'H100 NVL': 835, 'H100 PCIe': 756, 'A100': 312, 'A800': 312, 'A40': 150, 'A30': 165, 'A10': 125, 'A10G': 70,
-         'L40': 181, 'L40S': 362, 'L4': 121, 'A6000': 155, 'RTX 6000 Ada': 364, 'RTX 3090': 71, 'RTX 4090': 165, 'RTX 5090': 210, 'V100': 125, 'T4': 65}
-PEAKS_FP32 = {'V100': 15.7, 'T4': 8.1}      # cards without TF32; with it, products of fp32 numbers run at half the speed of 16 bits
+         'L40': 181, 'L40S': 362, 'L4': 121, 'A6000': 155, 'RTX 6000 Ada': 364, 'RTX 3090': 71, 'RTX 4090': 165, 'RTX 5090': 210, 'V100': 125, 'V100 PCIe': 112, 'T4': 65}
+PEAKS_FP32 = {'V100': 15.7, 'V100 PCIe': 14, 'T4': 8.1}      # cards without TF32; with it, products of fp32 numbers run at half the speed of 16 bits
 
 def card(device_name, # e.g. `NVIDIA H100 80GB HBM3`
         ): # a key of `PEAKS`, or None
-    "Which card a device is, by whole words: an L40S is no L40. Of several that fit, the one with the most words; none for a laptop's."
+    "Which card a device is, by whole words: an L40S is no L40. Of several that fit, the one with the most words; none for a laptop's or a slice (MIG)."
     words = set(re.findall('[a-z0-9]+', device_name.lower()))
     fits = [n for n in PEAKS if words>=set(n.lower().split())]
-    return None if 'laptop' in words or not fits else max(fits, key=lambda n: len(n.split()))
+    return None if words & {'laptop', 'mig'} or not fits else max(fits, key=lambda n: len(n.split()))
 
 def peak_flops(device_name, # e.g. `NVIDIA H100 80GB HBM3`
                precision='bf16', # `bf16`, `fp16`, or `no`: TF32, fp32 on cards without it
