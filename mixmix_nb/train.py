@@ -664,8 +664,8 @@ def nothing_to_do(path, # the run's folder, or the checkpoint
 
 # %% ../nbs/12_train.ipynb #d148f409
 def find_decoder(trainer, # a `Trainer`
-               o, # dict of options
-              ): # the autoencoder or None, and why there is none or ''
+                 o, # dict of options
+                ): # the autoencoder or None, and why there is none or ''
     "The autoencoder that decodes previews, if this process has it."
     from mixmix_nb.latents import load_vae
     try: vae = getattr(trainer.data, 'vae', None) or load_vae(o['vae'], trainer.device)
