@@ -8,6 +8,7 @@ __all__ = ['SIZES', 'DiT_models', 'DiT', 'dit', 'num_params', 'macs_by_part', 'n
 
 # %% ../nbs/06_dit.ipynb #9d1558a4
 import torch, torch.nn as nn
+from copy import copy
 from functools import partial
 from fastcore.basics import patch
 from torch.func import functional_call
@@ -158,18 +159,24 @@ def fake_weights(model, # a module, on any device, meta too
 def saved_bytes(model, # a `DiT`, on any device, meta too
                 batch=1, # images
                ): # bytes
-    "Bytes of activations that the backward pass of a batch needs, found with fake tensors: nothing is computed or stored."
+    "Bytes of activations that the backward pass of a batch needs, found with fake tensors: nothing is computed or stored. All blocks keep the same, so two are looked at."
     from torch._subclasses.fake_tensor import FakeTensorMode
-    seen, dtype = {}, model.pos_embed.dtype
-    def pack(v):
-        s = v.untyped_storage()
-        if s._cdata not in weights: seen[s._cdata] = (s.nbytes(), v)     # the tensor is kept, so that no address is used twice
-        return v
-    with FakeTensorMode():
-        w = fake_weights(model); weights = {v.untyped_storage()._cdata for v in w.values()}
-        x, t = torch.empty(batch, model.in_channels, *model.input_size, dtype=dtype), torch.zeros(batch, dtype=torch.long)
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda v: v): out = functional_call(model, w, (x, t, t))
-    return sum(n for n,_ in seen.values())
+    depth = len(model.blocks)
+    def kept(blocks): # bytes, with so many blocks
+        m, seen = copy(model), {}
+        m._modules = model._modules | dict(blocks=model.blocks[:blocks])
+        def pack(v):
+            s = v.untyped_storage()
+            if s._cdata not in weights: seen[s._cdata] = (s.nbytes(), v)     # the tensor is kept, so that no address is used twice
+            return v
+        with FakeTensorMode():
+            w = fake_weights(m); weights = {v.untyped_storage()._cdata for v in w.values()}
+            x, t = torch.empty(batch, m.in_channels, *m.input_size, dtype=m.pos_embed.dtype), torch.zeros(batch, dtype=torch.long)
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda v: v): out = functional_call(m, w, (x, t, t))
+        return sum(n for n,_ in seen.values())
+    if depth<3: return kept(depth)
+    one, two = kept(1), kept(2)
+    return one + (depth-1)*(two-one)
 
 # %% ../nbs/06_dit.ipynb #0d9bfdf4
 def training_memory(model, # a `DiT`
