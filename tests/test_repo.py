@@ -80,11 +80,11 @@ assert not heavy, heavy'''
     assert r.returncode==0 and '--help' in r.stdout, r.stdout+r.stderr
 
 def test_a_run_imports_only_what_it_uses(tmp_path):
-    "Training on the digits needs neither diffusers nor timm, nor torchvision."
+    "Training on the digits needs neither diffusers nor timm, torchvision or all of scikit-learn, nor PyTorch's compiler."
     code = '''
 import sys; from mixmix_nb.train import main
 main("--steps 2 --num-sample-images 2 --sample-steps 2".split())
-heavy = [m for m in ("torchvision", "diffusers", "timm", "ipywidgets", "IPython", "nbdev") if m in sys.modules]
+heavy = [m for m in ("torchvision", "diffusers", "timm", "sklearn", "torch._dynamo", "ipywidgets", "IPython", "nbdev") if m in sys.modules]
 assert not heavy, heavy'''
     r = python('-c', code, cwd=tmp_path)
     assert r.returncode==0, r.stdout+r.stderr
