@@ -1,5 +1,6 @@
 "What all tests share: an environment for child processes, and data that is skipped with a reason where it is missing."
-import os, subprocess, sys
+import os, socket, subprocess, sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import pytest
 import forked as server
@@ -28,6 +29,19 @@ def forked(*args, # arguments of the interpreter
     if not path: return python(*args, cwd=cwd, timeout=timeout, **env)
     return server.run(path, [*map(str, args)], cwd, child_env(**env), timeout)
 
+def side_by_side(n, # processes
+                 *args, # arguments of the interpreter
+                 timeout=120, # seconds
+                 **kw): # a list of n `CompletedProcess`
+    "A command on `n` forked processes that end well, with the environment that torchrun would give them."
+    with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
+    def go(rank):
+        env = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=n, LOCAL_WORLD_SIZE=n, MASTER_ADDR='127.0.0.1', MASTER_PORT=port, OMP_NUM_THREADS=1)
+        return forked(*args, timeout=timeout, **{k: str(v) for k,v in env.items()} | kw)
+    with ThreadPoolExecutor(n) as pool: done = list(pool.map(go, range(n)))
+    for r in done: assert r.returncode==0, r.stderr[-3000:]
+    return done
+
 def pytest_configure(config):
     if hasattr(config, 'workerinput') or sys.platform!='linux': return            # one server for all workers
     config.forked = server.Server(child_env())
@@ -37,9 +51,9 @@ def pytest_unconfigure(config):
     if hasattr(config, 'forked'): config.forked.close(); os.environ.pop('MIXMIX_FORKED')
 
 # of the longest tests, roughly, on two busy cores; a name is a part of a test's
-SECONDS = {'test_main_job': 200, 'test_latents': 150, 'test_slurm': 130, 'test_distributed': 100, 'test_resume.py': 80, 'test_torchrun': 70, 'test_coco': 60, 'test_peak': 50,
-           'nbs/12': 50, 'nbs/08': 40, 'nbs/11': 40, 'nbs/09': 35, 'nbs/10': 30, 'nbs/05': 25, 'nbs/07': 25, 'nbs/02': 25, 'test_folder': 25, 'test_flat': 25, 'nbs/01': 20,
-           'test_interrupted.py': 20, 'test_commands.py::test_s': 15, 'test_speed': 15, 'test_repo': 10, 'nbs/': 10, 'test_forked': 9}
+SECONDS = {'test_main_job': 350, 'test_slurm': 190, 'test_latents': 130, 'test_distributed': 120, 'test_resume.py': 100, 'nbs/12': 88, 'nbs/09': 88, 'test_speed': 80, 'nbs/08': 73,
+           'nbs/10': 58, 'nbs/07': 50, 'nbs/02': 40, 'nbs/11': 40, 'test_interrupted.py::test_all': 40, 'nbs/13': 36, 'test_torchrun': 35, 'test_coco': 33, 'test_folder': 30, 'test_memory': 30,
+           'nbs/01': 30, 'nbs/06': 26, 'test_commands.py::test_sample_d': 25, 'nbs/05': 20, 'test_forked': 18, 'solutions/13': 15, 'test_repo': 15, 'test_commands.py::test_s': 9, 'nbs/': 7}
 TOGETHER = 'test_coco', 'test_distributed', 'test_latents', 'test_repo', 'test_resume', 'test_slurm', 'test_torchrun'       # their tests share what takes long to make
 
 def pytest_collection_modifyitems(items):

@@ -1,9 +1,8 @@
 "The number of processes does not change a run; all stop at one step; when one dies or refuses, all end, with one line."
-import json, socket
-from concurrent.futures import ThreadPoolExecutor
+import json
 from pathlib import Path
 import pytest, torch
-from conftest import forked
+from conftest import forked, side_by_side
 
 HERE = Path(__file__).parent
 
@@ -12,23 +11,15 @@ def together(n, folder, *tasks, **env):
     args = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={n}']
     return forked(*args, HERE/'together.py', folder, *tasks, timeout=120, **dict(OMP_NUM_THREADS='1') | env)
 
-def side_by_side(n, folder, *tasks):
-    "The tasks on `n` processes that end well, with the environment that torchrun would give them; what each returned."
-    with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
-    def go(rank):
-        env = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=n, LOCAL_WORLD_SIZE=n, MASTER_ADDR='127.0.0.1', MASTER_PORT=port, OMP_NUM_THREADS=1)
-        return forked(HERE/'together.py', folder, *tasks, timeout=120, **{k: str(v) for k,v in env.items()})
-    with ThreadPoolExecutor(n) as pool: return list(pool.map(go, range(n)))
-
 def lines(r): return [l for l in r.stderr.splitlines() if l.startswith('mixmix_nb:')]
 
 @pytest.fixture(scope='module')
 def work(tmp_path_factory):
     "Everything that ends well, in one start for each number of processes."
     d = tmp_path_factory.mktemp('together')
-    for n, tasks in ((2, 'fp32 accumulate fp64 begin go-on stop clip+shard fp64+shard go-on+shard overflow'), (4, 'fp32 fp64 go-on stop clip+shard begin+shard go-on+shard'),
+    for n, tasks in ((2, 'fp32 accumulate fp64 begin go-on stop clip+shard fp64+shard begin+shard go-on+shard overflow'), (4, 'fp32 fp64 go-on stop go-on+shard'),
                      (1, 'fp32 accumulate fp64 go-on clip from-shards')):
-        for r in side_by_side(n, d, *tasks.split()): assert r.returncode==0, r.stderr[-3000:]
+        side_by_side(n, HERE/'together.py', d, *tasks.split())
     return d
 
 def gap(work, a, b):
@@ -52,7 +43,7 @@ def test_same_weights_in_float64(work, other, say):
     assert torch.load(work/'fp64-1.pt', weights_only=True)['model']['x_embedder.proj.weight'].dtype==torch.float64
     assert g<1e-10
 
-@pytest.mark.parametrize('n', [2, 4])
+@pytest.mark.parametrize('n', [2])
 def test_in_shards(work, n, say):
     "Clipped, in parts, with blocks computed twice, in shards: weights, pictures and losses of one process, and each holds its share."
     g = gap(work, 'clip-1', f'clip+shard-{n}')

@@ -3,7 +3,7 @@ import json, os, random, re, shutil, subprocess, sys, time
 from pathlib import Path
 import numpy as np, pytest, torch
 from PIL import Image
-from conftest import child_env, python
+from conftest import child_env, forked, python
 from mixmix_nb import latents as L
 from mixmix_nb.core import RunError, UserError, draws
 from mixmix_nb.data import MemoryData, open_data
@@ -93,7 +93,7 @@ print('RESULT', json.dumps([attempt(Path(out), at) for out,at in spec]))
 '''
 
 def attempts(d, spec):
-    r = python('-c', MORTAL, d, json.dumps(spec))
+    r = forked('-c', MORTAL, d, json.dumps(spec))
     assert r.returncode==0, r.stderr
     return json.loads(r.stdout.split('RESULT')[1]), r.stderr
 
@@ -561,25 +561,33 @@ def test_training_from_a_cache_larger_than_memory(tmp_path, say):
 # ---- the trainer
 
 def test_trained_on_latents(stuff, tmp_path):
-    "The trainer encodes once, resumes from the cache without the pictures, has the loss of encoding on the fly, and draws pictures."
-    photos = tmp_path/'photos'
+    "The trainer encodes once, stopped in between or not, resumes from the cache without the pictures, has the loss of encoding on the fly, and draws pictures."
+    photos, stop = tmp_path/'photos', tmp_path/'stop'
     shutil.copytree(stuff/'photos', photos)
     args = '--image-size 32 --model DiT-N/2 --batch-size 8 --steps 6 --log-every 1 --prediction v --num-sample-images 4 --sample-steps 3 --num-workers 0 --lr 1e-4'.split()
-    def train(results, *more):
-        r = python('-m', 'mixmix_nb.train', *args, '--results-dir', results, *more, cwd=tmp_path, MIXMIX_CACHE=str(tmp_path/'cache'))
+    def command(results, *more):
+        r = forked('-m', 'mixmix_nb.train', *args, '--results-dir', results, *more, cwd=tmp_path, MIXMIX_CACHE=str(tmp_path/'cache'), MIXMIX_STOP_FILE=str(stop))
         assert r.returncode==0, r.stderr
+        return r.stdout+r.stderr
+    def train(results, *more):
+        said = command(results, *more)
         run, = (tmp_path/results).iterdir()
-        return run, [float(l.split(',')[3]) for l in (run/'metrics.csv').read_text().splitlines()[1:]], r.stdout
+        return run, [float(l.split(',')[3]) for l in (run/'metrics.csv').read_text().splitlines()[1:]], said
     _, fly, _ = train('fly', '--data-path', 'photos', '--vae', stuff/'vae')
-    run, kept, _ = train('kept', '--data-path', 'photos', '--vae', stuff/'vae', '--cache-latents')
+    stop.touch()
+    said = command('kept', '--data-path', 'photos', '--vae', stuff/'vae', '--cache-latents', '--resume', 'auto')
+    assert 'stopped by the stop file while the latents were made, which are kept; go on with --resume auto' in said and not [*tmp_path.glob('kept/*')], said
+    assert not [*tmp_path.rglob('cache.json')]
+    stop.unlink()
+    run, kept, _ = train('kept', '--data-path', 'photos', '--vae', stuff/'vae', '--cache-latents', '--resume', 'auto')
     assert len(fly)==6 and all(abs(a-b)<1e-3*abs(a) for a,b in zip(fly, kept)), (fly, kept)
     shutil.rmtree(photos)
     cache, = (tmp_path/'cache'/'latents').iterdir()
     again, more, said = train('kept', '--data-path', cache, '--resume', 'auto', '--steps', '9')
     assert again==run and 'from step 6' in said and more[:6]==kept and len(more)==9, said
     with Image.open(run/'samples'/'final.png') as im: assert im.size[0]>=2*32 and np.asarray(im).std()>1
-    r = python('-m', 'mixmix_nb.sample', '--ckpt', run/'checkpoints'/'final.pt', '--num-images', '2', '--each', '--out', 'each', cwd=tmp_path)
+    r = forked('-m', 'mixmix_nb.sample', '--ckpt', run/'checkpoints'/'final.pt', '--num-images', '2', '--each', '--out', 'each', cwd=tmp_path)
     assert r.returncode==0, r.stderr
     assert [Image.open(f).size for f in (tmp_path/'each').iterdir()]==[(32,32)]*2
-    r = python('-m', 'mixmix_nb.train', '--data-path', cache, '--image-size', '64', cwd=tmp_path)
+    r = forked('-m', 'mixmix_nb.train', '--data-path', cache, '--image-size', '64', cwd=tmp_path)
     assert r.returncode==2 and '32 pixels' in r.stderr and r.stderr.count('\n')==1, r.stderr

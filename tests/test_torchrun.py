@@ -2,12 +2,12 @@
 import os, signal, subprocess, sys
 from pathlib import Path
 import pytest, torch
-from conftest import child_env, forked
+from conftest import child_env, forked, side_by_side
 
 RUN = '--model DiT-N/8 --global-batch-size 32 --steps 24 --ckpt-every 6 --keep-ckpts 2 --log-every 5 --num-sample-images 0 --resume auto'.split()
 
 def torchrun(folder, n, *options):
-    cmd = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={n}', *options[:-1], '-m', 'mixmix_nb.train', *RUN, *options[-1].split()]
+    cmd = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={n}', *options, '-m', 'mixmix_nb.train', *RUN]
     return subprocess.Popen(cmd, cwd=folder, env=child_env(OMP_NUM_THREADS='1', MIXMIX_TIMEOUT='30'), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 def read_until(p, text):
@@ -40,16 +40,15 @@ def alone(tmp_path_factory):
 @pytest.mark.skipif(not Path('/proc/self/task').exists(), reason='no /proc to find the ranks in')
 def test_a_signal_to_torchrun_stops_all_and_others_go_on(alone, tmp_path, say):
     "SIGUSR1 to the agent, passed on: one checkpoint, one step; then four processes that share the model go on to the end."
-    p = torchrun(tmp_path, 2, '--signals-to-handle=SIGTERM,SIGINT,SIGUSR1', '--shutdown-timeout=60', '')
+    p = torchrun(tmp_path, 2, '--signals-to-handle=SIGTERM,SIGINT,SIGUSR1', '--shutdown-timeout=60')
     read_until(p, ' loss ')
     p.send_signal(signal.SIGUSR1)
     out, _ = p.communicate(timeout=90)
     assert 'stopped by SIGUSR1 at step' in out and out.count('stopped by')==1, out[-3000:]
     step = int(out.split('stopped by SIGUSR1 at step ')[1].split()[0])
     assert (tmp_path/'results'/'000-DiT-N-8'/'checkpoints'/f'{step:07d}.pt').exists()
-    p = torchrun(tmp_path, 4, '--shard')
-    out, _ = p.communicate(timeout=120)
-    assert p.returncode==0 and f'4 processes that share one model, from step {step}' in out and 'last bit' in out, out[-3000:]
+    out = side_by_side(4, '-m', 'mixmix_nb.train', *RUN, '--shard', cwd=tmp_path)[0].stdout
+    assert f'4 processes that share one model, from step {step}' in out and 'last bit' in out, out[-3000:]
     g = gap(final(tmp_path), alone)
     say(f'stopped on 2 processes at step {step}, ended on 4 that share the model: {g:.0e} from one process')
     assert g<1e-6

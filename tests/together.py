@@ -99,7 +99,7 @@ with as_one(comm):
         if task=='begin': t = go(trainer(comm), 9); save(t, task, seen=seen(t))
         if task=='begin+shard': save(go(trainer(comm, shard=True), 9), task)
         if name in ('go-on', 'from-shards'):
-            t = trainer(comm, shard=shard); t.load_state_dict(torch.load(folder/('begin-2.pt' if name=='go-on' else 'begin+shard-4.pt'), weights_only=True))
+            t = trainer(comm, shard=shard); t.load_state_dict(torch.load(folder/('begin-2.pt' if name=='go-on' else 'begin+shard-2.pt'), weights_only=True))
             go(t); save(t, task, seen=seen(t))
         if name=='fp64':
             torch.set_default_dtype(torch.float64); save(go(trainer(comm, 100, shard=shard)), task); torch.set_default_dtype(torch.float32)
