@@ -6,13 +6,14 @@
 __all__ = ['MAX_PIXELS', 'EXTENSIONS', 'JUNK', 'LAYOUT', 'NAMED', 'grey_levels', 'pil_rgb', 'jpeg_decoder', 'read_image',
            'box_window', 'shrink', 'box_means', 'halve_side', 'halve', 'center_crop', 'is_picture', 'is_folder',
            'find_images', 'FolderData', 'no_memory', 'reason', 'list_folder', 'open_folder', 'Order', 'StepSampler',
-           'as_batch', 'collate', 'cpus', 'obey_parent', 'heed_parent_alone', 'MemoryData', 'load_digits',
+           'as_batch', 'collate', 'cpus', 'obey_parent', 'heed_parent_alone', 'held_back', 'MemoryData', 'load_digits',
            'keep_in_memory', 'split', 'size_of', 'digest_of', 'cache_dir', 'load_torchvision', 'link_debian_fashion',
            'load_fashion', 'load_cifar10', 'open_data']
 
 # %% ../nbs/01_data.ipynb #3e9302ec
 import gzip, hashlib, io, math, multiprocessing, os, signal, socket, sys, threading, warnings
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
 from fastcore.basics import patch
@@ -302,6 +303,14 @@ def heed_parent_alone(worker, # number of the worker process
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=obey_parent, daemon=True).start()
 
+@contextmanager
+def held_back(): # a context
+    "Signals wait. A process that is forked meanwhile begins so, and none can hit it before `heed_parent_alone`."
+    if not hasattr(signal, 'pthread_sigmask'): yield; return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1})
+    try: yield
+    finally: signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
 # %% ../nbs/01_data.ipynb #1558ceaa
 @patch
 def loader(self:FolderData, steps, # a `StepSampler`
@@ -323,12 +332,14 @@ def batches(self:FolderData, seed, # the run's seed
     "Batches of steps start..stop-1; how many workers decode them changes nothing. Raises `UserError` where no file can be read."
     steps = StepSampler(Order(len(self), seed), batch, start, stop, lo, batch if hi is None else hi)
     named, failed = set(), None
+    with held_back(): batches = iter(self.loader(steps, workers))
     try:
-        for x,y,bad in self.loader(steps, workers):
+        for x,y,bad in batches:
             new = [f for f in dict.fromkeys(bad) if f not in named]
             named.update(new)
             yield x, y, new
     except UserError as e: failed = type(e)(reason(e))
+    del batches
     if failed: raise failed                                         # out here, where nothing holds the workers
 
 # %% ../nbs/01_data.ipynb #d877842e

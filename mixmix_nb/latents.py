@@ -394,13 +394,16 @@ def picture_batches(data, # a `FolderData` or `MemoryData`
                    ): # yields uint8 (B,C,H,W), labels (B,), names of bad files, seconds
     "Pictures in the order of the set. Raises `UserError` where no file can be read."
     import torch
-    from mixmix_nb.data import heed_parent_alone, reason
+    from mixmix_nb.data import heed_parent_alone, held_back, reason
     if hasattr(data, 'images'): yield from ((data.images[r.start:r.stop], data.labels[r.start:r.stop].cpu(), [], 0.) for r in ranges); return
     if workers: import torchvision.io                               # once, here, and not in each worker
     failed = None
-    try: yield from torch.utils.data.DataLoader(Timed(data), batch_sampler=ranges, collate_fn=collate_timed, num_workers=workers,
-            generator=torch.Generator(), worker_init_fn=heed_parent_alone, pin_memory=torch.cuda.is_available())
+    loader = torch.utils.data.DataLoader(Timed(data), batch_sampler=ranges, collate_fn=collate_timed, num_workers=workers,
+        generator=torch.Generator(), worker_init_fn=heed_parent_alone, pin_memory=torch.cuda.is_available())
+    with held_back(): batches = iter(loader)
+    try: yield from batches
     except UserError as e: failed = type(e)(reason(e))
+    del batches
     if failed: raise failed                                         # out here, where nothing holds the workers
 
 # %% ../nbs/02_latents.ipynb #d271e786
