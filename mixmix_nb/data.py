@@ -381,7 +381,6 @@ def batches(self:MemoryData, seed, # the run's seed
 # %% ../nbs/01_data.ipynb #f9e817e9
 def load_digits(): # a `MemoryData` of 1,797 pictures, (1,8,8)
     "The built-in set: handwritten digits of 8×8 pixels from scikit-learn (UCI), read from its file, since its import takes longer than all else."
-    import numpy as np
     from importlib.util import find_spec
     spec = find_spec('sklearn')
     file = Path(spec.origin).parent/'datasets'/'data'/'digits.csv.gz' if spec and spec.origin else None
