@@ -20,12 +20,13 @@ folder, tasks, world = Path(sys.argv[1]), sys.argv[2:], int(os.environ.get('WORL
 
 class Watched:
     "The digits as floats of the default dtype; remembers what was asked of it."
-    def __init__(self): self.d, self.seen = load_digits(), []
+    def __init__(self): self.d, self.seen, self.begun = load_digits(), [], lambda: None
     shape = property(lambda self: self.d.shape)
     def __len__(self): return len(self.d)
     def to_model(self, x, flip, seed, step, lo): return x.to(torch.get_default_dtype())/127.5-1
     def batches(self, seed, batch, start, stop, lo=0, hi=None, workers=0):
         hi = batch if hi is None else hi
+        self.begun()
         for k,b in zip(range(start, stop), self.d.batches(seed, batch, start, stop, lo, hi)):
             self.seen += range(k*batch+lo, k*batch+hi)
             yield b
@@ -72,11 +73,11 @@ def stops(comm):
     out, rng = [], random.Random(world)
     for i in range(8):
         c = Processes(dist.PrefixStore(f'trial{i}', comm.store), 'cpu', comm.rank, comm.world)
-        t, run = trainer(c, 200), share_run(c, Run(folder/f'stop{world}-{i}'))
+        t, run = trainer(c, 10**5), share_run(c, Run(folder/f'stop{world}-{i}'))
         asked = {rng.randrange(world), rng.randrange(world)} if i%2 else {rng.randrange(world)}
         if c.rank in asked:
             from threading import Timer
-            Timer(rng.random()*.3 + .1*c.rank*(i%2), os.kill, (os.getpid(), signal.SIGUSR1)).start()
+            t.data.begun = Timer(rng.random()*.3 + .1*c.rank*(i%2), os.kill, (os.getpid(), signal.SIGUSR1)).start   # not before `fit` listens
         else: rng.random()
         done = t.fit(run, {}, preview=dict(n=0))
         at = c.all_names([f'{t.step_no} {done}'])
