@@ -31,6 +31,7 @@ class Processes(OneProcess):
         self.ahead = 2 if self.device.type=='cuda' else 0               # steps that Python may run ahead of the device
         self.net, self.marks, self.stop_at, self.told, self.noted = None, deque(), None, 0, []
         self.begun, self.due_at, self.dues, self.lasting = False, None, 0, store    # what is in `lasting` outlives a restart by torchrun
+        self.ready = False                                              # this process has done its part, and waits for the others
         self.over, self.lock, self.thread = threading.Event(), threading.Lock(), None
 
 # %% ../nbs/11_distributed.ipynb #f86c56f6
@@ -98,6 +99,7 @@ def first(self:Processes, make, # a function that gives plain values
 @patch
 def finish(self:Processes):
     "Wait for all others, then end the group."
+    self.ready = True
     self.store.add('finished', 1)
     try: self.wait_for(lambda: self.store.add('finished', 0)>=self.world)
     except RuntimeError: pass                                           # the others have finished and taken the store with them
@@ -303,7 +305,8 @@ def keep_watch(self:Processes):
             if early>10: self.quit(1, 'ended by SIGTERM before training had begun')
             if store.check(['why']) and not self.over.wait(2): self.quit(1, 'another process has ended')
         except RuntimeError:
-            if not self.over.is_set(): self.quit(1, 'torchrun is gone, and with it the way to the other processes; what is on the disk is whole')
+            if self.ready: return                                       # the others have finished, and one of them held the store
+            self.quit(1, 'torchrun is gone, and with it the way to the other processes; what is on the disk is whole')
 
 @patch
 def watch(self:Processes):

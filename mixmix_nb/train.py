@@ -27,8 +27,8 @@ DEFAULTS = dict(data_path='digits', model='DiT-S/4', batch_size=16, epochs=100, 
     grad_checkpoint=False, shard=False, cache_latents=False, tensorboard=False, wandb=False)
 
 # %% ../nbs/12_train.ipynb #e4906d54
-RECIPES = {'digits': dict(model='DiT-N/2', batch_size=32, steps=2400, lr=2e-3, warmup=50, lr_schedule='cosine', ema_decay=.995, prediction='v',
-    schedule='cosine', flip=False, ckpt_every=800, log_every=100, sample_steps='50', sampler='ddim', cfg_scale=1.5, num_sample_images=40)}
+RECIPES = {'digits': dict(model='DiT-N/2', batch_size=32, steps=1600, lr=3e-3, warmup=50, lr_schedule='cosine', ema_decay=.995, prediction='v',
+    schedule='cosine', flip=False, ckpt_every=400, log_every=100, sample_steps='50', sampler='ddim', cfg_scale=1.5, num_sample_images=40)}
 
 # %% ../nbs/12_train.ipynb #1668e560
 def merge(*layers, # dicts of options, the most important first

@@ -2,7 +2,7 @@
 
     python tests/recipes.py        (minutes each on a CPU)
 
-All see the same 76,800 images. `agreement`: share of 500 samples without guidance that a classifier reads as the label asked for; `frechet`: distance in its features.
+All see the same 51,200 images. `agreement`: share of 500 samples without guidance that a classifier reads as the label asked for; `frechet`: distance in its features.
 """
 import csv, tempfile
 from pathlib import Path
@@ -10,8 +10,8 @@ from judge import judge_run, train_reader
 from mixmix_nb.train import train
 
 ROOT = Path(__file__).parent.parent
-BIG, SMALL = dict(batch_size=64, steps=1200), dict(batch_size=32, steps=2400)
-PLAIN, COSINE_LR = dict(lr=1e-3, warmup=0, lr_schedule='constant'), dict(lr=2e-3, warmup=50, lr_schedule='cosine')
+BIG, SMALL = dict(batch_size=64, steps=800), dict(batch_size=32, steps=1600)
+PLAIN, COSINE_LR = dict(lr=1e-3, warmup=0, lr_schedule='constant'), dict(lr=3e-3, warmup=50, lr_schedule='cosine')
 RECIPES = {
     "DiT's own: ε, learned variance": dict(prediction='eps', schedule='linear', **BIG, **PLAIN),
     'v instead of ε': dict(prediction='v', schedule='linear', **BIG, **PLAIN),

@@ -3,15 +3,15 @@ import os, re, resource, signal, subprocess, sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import pytest
-from conftest import child_env, forked
+from conftest import ROOT, child_env, forked
 from test_torchrun import final, gap, read_until, ranks
 
 RUN = '--model DiT-N/8 --global-batch-size 32 --ckpt-every 6 --log-every 5 --num-sample-images 0'.split()
 
-def train(folder, *options, n=1, agent=(), **kw):
+def train(folder, *options, n=1, agent=(), env={}, **kw):
     "The command, under torchrun for more than one process, in a session of its own."
     how = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={n}', *agent] if n>1 else []
-    return subprocess.Popen([sys.executable, *how, '-m', 'mixmix_nb.train', *RUN, *map(str, options)], cwd=folder, env=child_env(OMP_NUM_THREADS='1', MIXMIX_TIMEOUT='30'),
+    return subprocess.Popen([sys.executable, *how, '-m', 'mixmix_nb.train', *RUN, *map(str, options)], cwd=folder, env=child_env(OMP_NUM_THREADS='1', MIXMIX_TIMEOUT='30', **env),
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, **kw)
 
 def test_full_disk_when_a_signal_comes(tmp_path):
@@ -33,9 +33,9 @@ def test_two_at_once(tmp_path):
     assert len([*tmp_path.rglob('final.pt')])==2
 
 @pytest.mark.skipif(not Path('/proc/self/task').exists(), reason='no /proc to find the ranks in')
-def test_all_killed_and_resumed_on_one(tmp_path, say):
+def test_all_killed_and_resumed_on_one(waiting, tmp_path, say):
     "A rank that dies in a run without --resume is started again in the same folder; then all are killed, and one process goes on."
-    p = train(tmp_path, '--steps', 60, n=2, agent=['--max-restarts=1'])
+    p = train(tmp_path, '--steps', 60, n=2, agent=['--max-restarts=1'], env=dict(PYTHONPATH=f'{waiting}:{ROOT}', SLOW='.05'))  # not over before it is killed
     read_until(p, 'wrote checkpoints/0000006.pt')
     os.kill(ranks(p)[1], signal.SIGKILL)
     again = read_until(p, 'wrote checkpoints/0000024.pt')

@@ -207,34 +207,6 @@ def pics(tmp_path_factory):
         Image.fromarray(rng.integers(0, 256, (8,8,3), dtype=np.uint8)).save(d/'abc'[i%3]/f'{i:02d}.png')
     return d
 
-# The trainer, made to wait: after five steps of each of the first WAITS starts of a job it says so, and goes on when it is asked to stop.
-# So a test knows where a run stands when the signal comes, however fast the machine is, and some steps are enough.
-WAITING = '''
-import os, time
-from mixmix_nb import training as tr
-def made_to_wait(start=int(os.environ.get('SLURM_RESTART_COUNT', 0)), done=0, stop=None):
-    step, enter = tr.Trainer.train_step, tr.StopSignal.__enter__
-    def entered(self): nonlocal stop; stop = self; return enter(self)
-    def stepped(self, *args):
-        nonlocal done
-        step(self, *args); done += 1
-        if done!=5 or start>=int(os.environ['WAITS']): return
-        print(f'start {start}, rank {os.environ.get("RANK", 0)} on node {os.environ.get("SLURM_NODEID", 0)} waits', flush=True)
-        while not stop.asked(): time.sleep(.05)
-    tr.Trainer.train_step, tr.StopSignal.__enter__ = stepped, entered
-if __name__=='__main__': made_to_wait()
-exec(compile(open(FILE).read(), FILE, 'exec'))
-'''
-
-@pytest.fixture(scope='module')
-def waiting(tmp_path_factory):
-    "A folder for PYTHONPATH: there `mixmix_nb.train` waits, and all else is what it was."
-    d = tmp_path_factory.mktemp('waiting')
-    (d/'mixmix_nb').mkdir()
-    (d/'mixmix_nb'/'__init__.py').write_text(f'__path__.append({str(ROOT/"mixmix_nb")!r})\n'+(ROOT/'mixmix_nb'/'__init__.py').read_text())
-    (d/'mixmix_nb'/'train.py').write_text(f'FILE = {str(ROOT/"mixmix_nb"/"train.py")!r}'+WAITING)
-    return d
-
 ENDS = ('COMPLETED', 'FAILED', 'CANCELLED', 'TIMEOUT', 'NODE_FAIL')
 
 class Cluster:

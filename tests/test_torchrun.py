@@ -2,13 +2,13 @@
 import os, signal, subprocess, sys
 from pathlib import Path
 import pytest, torch
-from conftest import child_env, forked, side_by_side
+from conftest import ROOT, child_env, forked, side_by_side
 
 RUN = '--model DiT-N/8 --global-batch-size 32 --steps 24 --ckpt-every 6 --keep-ckpts 2 --log-every 5 --num-sample-images 0 --resume auto'.split()
 
-def torchrun(folder, n, *options):
+def torchrun(folder, n, *options, **env):
     cmd = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={n}', *options, '-m', 'mixmix_nb.train', *RUN]
-    return subprocess.Popen(cmd, cwd=folder, env=child_env(OMP_NUM_THREADS='1', MIXMIX_TIMEOUT='30'), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(cmd, cwd=folder, env=child_env(OMP_NUM_THREADS='1', MIXMIX_TIMEOUT='30', **env), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 def read_until(p, text):
     said = []
@@ -38,10 +38,10 @@ def alone(tmp_path_factory):
     return final(d)
 
 @pytest.mark.skipif(not Path('/proc/self/task').exists(), reason='no /proc to find the ranks in')
-def test_a_signal_to_torchrun_stops_all_and_others_go_on(alone, tmp_path, say):
+def test_a_signal_to_torchrun_stops_all_and_others_go_on(alone, waiting, tmp_path, say):
     "SIGUSR1 to the agent, passed on: one checkpoint, one step; then four processes that share the model go on to the end."
-    p = torchrun(tmp_path, 2, '--signals-to-handle=SIGTERM,SIGINT,SIGUSR1', '--shutdown-timeout=60')
-    read_until(p, ' loss ')
+    p = torchrun(tmp_path, 2, '--signals-to-handle=SIGTERM,SIGINT,SIGUSR1', '--shutdown-timeout=60', PYTHONPATH=f'{waiting}:{ROOT}', WAITS='1')
+    read_until(p, ' waits')
     p.send_signal(signal.SIGUSR1)
     out, _ = p.communicate(timeout=90)
     assert 'stopped by SIGUSR1 at step' in out and out.count('stopped by')==1, out[-3000:]
