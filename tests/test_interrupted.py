@@ -6,7 +6,7 @@ import pytest
 from conftest import ROOT, child_env, forked
 from test_torchrun import final, gap, read_until, ranks
 
-RUN = '--model DiT-N/8 --global-batch-size 32 --ckpt-every 6 --log-every 5 --num-sample-images 0'.split()
+RUN = '--model DiT-N/8 --lr 1e-3 --global-batch-size 32 --ckpt-every 6 --log-every 5 --num-sample-images 0'.split()
 
 def train(folder, *options, n=1, agent=(), env={}, **kw):
     "The command, under torchrun for more than one process, in a session of its own."

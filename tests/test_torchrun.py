@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest, torch
 from conftest import ROOT, child_env, forked, side_by_side
 
-RUN = '--model DiT-N/8 --global-batch-size 32 --steps 24 --ckpt-every 6 --keep-ckpts 2 --log-every 5 --num-sample-images 0 --resume auto'.split()
+RUN = '--model DiT-N/8 --lr 1e-3 --global-batch-size 32 --steps 24 --ckpt-every 6 --keep-ckpts 2 --log-every 5 --num-sample-images 0 --resume auto'.split()
 
 def torchrun(folder, n, *options, **env):
     cmd = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={n}', *options, '-m', 'mixmix_nb.train', *RUN]
