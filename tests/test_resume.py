@@ -7,7 +7,7 @@ from conftest import child_env, forked, python
 HERE = Path(__file__).parent
 STEPS = 120
 # 1,797 digits and 50 a step: no checkpoint and no kill falls on the end of an epoch
-RUN = f'--model DiT-N/4 --steps {STEPS} --batch-size 50 --ckpt-every 8 --log-every 5 --num-sample-images 0 --lr 1e-3 --val-fraction 0.05'.split()
+RUN = f'--model DiT-N/8 --steps {STEPS} --batch-size 50 --ckpt-every 8 --log-every 5 --num-sample-images 0 --lr 1e-3 --val-fraction 0.05'.split()
 STEP_KILLS = [f'step:{n}' for n in (3, 9, 10, 13, 7, 12, 11, 6, 17, 14, 15, 5)]
 # the first is before there is a run to go on with, the last in the last file
 WRITE_KILLS_1 = ['config:before', 'bytes:0.0', 'bytes:0.9', 'flush:before', 'rename:before', 'folder:before', 'final:bytes:0.5']
