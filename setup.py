@@ -29,6 +29,6 @@ setup(
         'Intended Audience :: Developers', 'Intended Audience :: Science/Research', 'Intended Audience :: Education',
         'Natural Language :: English', 'Programming Language :: Python :: 3',
     ],
-    entry_points={'nbdev': [f'{cfg["lib_name"]}={cfg["lib_name"]}._modidx:d']},
+    entry_points={'nbdev': [f'{cfg["lib_name"]}={cfg["lib_name"]}._modidx:d'], 'console_scripts': cfg['console_scripts'].split()},
     zip_safe=False,
 )

@@ -7,6 +7,9 @@ import subprocess, sys, tempfile
 from pathlib import Path
 import torch, torch.nn as nn, torch.nn.functional as F
 from mixmix_nb.data import load_digits
+from mixmix_nb.runs import generate
+from mixmix_nb.sample import load_model
+from mixmix_nb.train import build_objective
 
 class Reader(nn.Module):
     "Two convolutions and two linear layers; `body` gives the 64 features in which distances are measured."
@@ -20,7 +23,7 @@ class Reader(nn.Module):
 def digits():
     "The built-in digits in [-1,1] and their labels."
     d = load_digits()
-    return d.images.float()/127.5-1, d.labels
+    return d.x.float()/127.5-1, d.cond
 
 def train_reader(seed=0, # of its weights and of the split
                  epochs=30): # the reader, its accuracy on 397 held-out digits
@@ -47,12 +50,11 @@ def judge_run(ckpt, # a checkpoint trained on the digits
               each=50, # samples of each class, without guidance
               reader=None): # dict: agreement, frechet, noise, floor
     "How often the reader agrees with the label asked for, and the distance to real digits next to that of noise and of real to real."
-    from mixmix_nb.sample import draw, load_model
-    from mixmix_nb.train import build_process
     m, _ = reader or train_reader()
-    model, o = load_model(ckpt, torch.device('cpu'))
+    model, trained, facts = load_model(ckpt)
     y = torch.arange(10).repeat_interleave(each)
-    x = draw(model, build_process(o).respace(o['sample_steps']), y, sampler=o['sampler'], batch=250)
+    x = torch.cat([x for _,x in generate(build_objective(trained), model, y, ids=range(len(y)), shape=tuple(facts['shape']), conditioner=model.y_embedder,
+                                         sampler=trained.sampler, steps=trained.num_sampling_steps, batch=250)])
     real = digits()[0]; half = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
     return dict(agreement=(m(x).argmax(1)==y).float().mean().item(), frechet=frechet(m, x, real), noise=frechet(m, noise, real),
@@ -60,7 +62,7 @@ def judge_run(ckpt, # a checkpoint trained on the digits
 
 def train_run(seed, # of the run
               folder): # the final checkpoint of the main job
-    subprocess.run([sys.executable, '-m', 'mixmix_nb.train', '--global-seed', str(seed), '--results-dir', folder], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([sys.executable, '-m', 'mixmix_nb.train', '--seed', str(seed), '--results-dir', folder], check=True, stdout=subprocess.DEVNULL)
     return next(Path(folder).glob('*/checkpoints/final.pt'))
 
 def main(argv):

@@ -2,7 +2,7 @@
 
     python tests/recipes.py        (minutes each on a CPU)
 
-All see the same 51,200 images. `agreement`: share of 500 samples without guidance that a classifier reads as the label asked for; `frechet`: distance in its features.
+All see the same 51,200 images. `agreement`: fraction of 500 samples without guidance that a classifier reads as the label asked for; `frechet`: distance in its features.
 """
 import csv, tempfile
 from pathlib import Path

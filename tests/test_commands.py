@@ -1,119 +1,122 @@
-"Commands as a person types them: bad input gets one line and status 2, Ctrl-C loses nothing, a sample depends on its seed alone."
-import importlib, os, pickle, signal, subprocess, sys, time
+"Commands as a person types them: bad input gets one line and status 2, a sample depends on its seed alone, nothing crafted runs."
+import argparse, os, pickle, re, subprocess, sys
 from pathlib import Path
 import numpy as np, pytest, torch
 from PIL import Image
-from conftest import child_env, forked, python
-from mixmix_nb import sample, train
+from conftest import SMALL, child_env, python, train
 from mixmix_nb.core import UserError
-from mixmix_nb.training import read_checkpoint
-
-@pytest.fixture
-def one_line(tmp_path, monkeypatch, capsys):
-    "Give a command bad input, in this process or in an interpreter of its own; returns the one line that it says."
-    monkeypatch.chdir(tmp_path)
-    def run(command, *args, alone=False):
-        if alone: r = python('-m', f'mixmix_nb.{command}', *args, cwd=tmp_path); status, said = r.returncode, r.stderr
-        else:
-            with pytest.raises(SystemExit) as e: importlib.import_module(f'mixmix_nb.{command}').main([str(a) for a in args])
-            status, said = e.value.code, capsys.readouterr().err
-        lines = said.strip().splitlines()
-        assert status==2 and len(lines)==1 and lines[0].startswith('mixmix_nb: '), (status, said)
-        return lines[0]
-    return run
-
-@pytest.mark.parametrize('args,words', [
-    ('--data-path nowhere', 'nowhere'), ('--data-path empty', 'expected <data-path>/<class>'), ('--model DiT-Q/3', 'DiT-XL/2'), ('--lr -1', '--lr'),
-    ('--batch-size 0', '--batch-size'), ('--steps many', '--steps'), ('--epoch 3', '--epochs'), ('--num-classes 3', '10 classes'),
-    ('--image-size 7', 'divisible'), ('--resume nothing.pt', 'nothing.pt'), ('--data-path photos', '--vae none'), ('--data-path photos --image-size 16 --num-classes 5', 'class'),
-    ('--resume evil.pt', 'refused'), ('--resume torn.pt', 'torn'), ('--device cuda:77', 'device'), ('--accumulate 5', 'does not divide'), ('--global-batch-size 8 --batch-size 4', '--global-batch-size 8'),
-    ('--mixed-precision fp8', 'bf16'), ('--compile maybe', 'auto'), ('--cache-latents', '--vae'), ('--results-dir=', '--results-dir is empty'), ('--resume=', '--resume is empty'),
-    ('--resume hollow.pt --model DiT-N/8', 'cannot be resumed'),
-])
-def test_bad_input(args, words, tmp_path, one_line):
-    (tmp_path/'empty').mkdir(); (tmp_path/'photos').mkdir()
-    Image.fromarray(np.zeros((20,20,3), np.uint8)).save(tmp_path/'photos'/'a.png')
-    torch.save(dict(x=Evil()), tmp_path/'evil.pt'); torch.save(dict(x=torch.zeros(1000)), tmp_path/'whole.pt')
-    torch.save(dict(args={}, model={}, ema={}, opt={}, meter={}, train_steps='x'), tmp_path/'hollow.pt')
-    (tmp_path/'torn.pt').write_bytes((tmp_path/'whole.pt').read_bytes()[:900])
-    before = sorted(os.listdir(tmp_path))
-    assert words in one_line('train', *args.split(), alone=words=='nowhere')
-    assert sorted(os.listdir(tmp_path))==before, 'nothing may be written'
+from mixmix_nb.runs import read_checkpoint
+from mixmix_nb.train import train as train_function
 
 class Evil:
-    def __reduce__(self): return os.mkdir, ('pwned',)
-
-def start(cwd, *args):
-    p = subprocess.Popen([sys.executable, '-m', 'mixmix_nb.train', *args], cwd=cwd, env=child_env(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    for line in p.stdout:
-        if ' loss ' in line: return p
-    raise AssertionError(p.stderr.read())
-
-@pytest.mark.parametrize('sig', [signal.SIGINT, signal.SIGTERM], ids=['ctrl-c', 'sigterm'])
-def test_stopped_by_a_signal_and_resumed(sig, tmp_path):
-    args = '--model DiT-N/8 --batch-size 20 --log-every 5 --num-sample-images 0 --steps 100000'.split()
-    p = start(tmp_path, *args)
-    p.send_signal(sig)
-    out, err = p.communicate(timeout=60)
-    assert '--resume auto' in out and not err, (out, err)
-    ckpt, = (tmp_path/'results'/'000-DiT-N-8'/'checkpoints').glob('*.pt')
-    n = int(ckpt.stem)
-    r = forked('-m', 'mixmix_nb.train', '--resume', 'auto', '--steps', n+10, cwd=tmp_path)
-    assert r.returncode==0 and f'from step {n}' in r.stdout, r.stdout+r.stderr
-
-def test_sample_depends_on_the_seed_alone(tmp_path, one_line):
-    assert forked('-m', 'mixmix_nb.train', '--steps', '30', '--num-sample-images', '0', cwd=tmp_path).returncode==0
-    ckpt, few = ('--ckpt', 'results/000-DiT-N-2/checkpoints/final.pt'), ('--num-sampling-steps', '10', '--sampler', 'ddpm')
-    def draw(name, *more):
-        sample.main([*ckpt, *few, '--num-images', '12', '--out', name, *more])
-        return np.asarray(Image.open(tmp_path/name)).astype(int)
-    a, b, c = draw('a.png', '--batch-size', '12'), draw('b.png', '--batch-size', '5'), draw('c.png', '--seed', '1')
-    assert abs(a-b).max()<=1 and abs(a-c).max()>50
-    r = python('-m', 'mixmix_nb.sample', *ckpt, '--num-images', '3', '--num-sampling-steps', '2', '--each', '--out', 'each', cwd=tmp_path)
-    assert r.returncode==0 and len(list((tmp_path/'each').glob('*.png')))==3
-    for args in (['--ckpt', 'none.pt'], [], [*ckpt, '--classes', 'cat'], [*ckpt, '--sampler', 'ddim', '--eta', '2'], [*ckpt, '--each', '--out', 'x.png'], [*ckpt, '--num-images', '100000000']):
-        one_line('sample', *args)
-
-def test_a_reader_who_leaves_ends_nothing(tmp_path):
-    "`train | head -1`: the run goes on without anybody to print for."
-    args = '--model DiT-N/8 --batch-size 20 --log-every 1 --num-sample-images 0 --steps 40'.split()
-    p = subprocess.Popen([sys.executable, '-m', 'mixmix_nb.train', *args], cwd=tmp_path, env=child_env(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    p.stdout.readline(); p.stdout.close()
-    assert p.wait(timeout=120)==0, p.stderr.read()
-    run = tmp_path/'results'/'000-DiT-N-8'
-    assert (run/'checkpoints'/'final.pt').exists() and 'done' in (run/'log.txt').read_text()
-
-@pytest.mark.parametrize('precision', ['bf16', 'fp16'])
-def test_resumed_in_half_precision_and_in_parts(precision, tmp_path, monkeypatch, capsys):
-    "Scaler, parts and checkpointed blocks: cut and resumed, the same weights to the last bit; another choice is allowed, and said."
-    args = f'--model DiT-N/8 --batch-size 20 --accumulate 2 --grad-checkpoint --mixed-precision {precision} --lr-schedule constant --log-every 5 --num-sample-images 0'.split()
-    monkeypatch.chdir(tmp_path)
-    def run(results, *more):
-        train.main([*more, '--results-dir', results])
-        return capsys.readouterr().out, torch.load(tmp_path/results/'000-DiT-N-8'/'checkpoints'/'final.pt', weights_only=True)
-    _, whole = run('whole', *args, '--steps', '16')
-    _, half = run('cut', *args, '--steps', '9')
-    assert (half['scaler'] is not None)==(precision=='fp16')
-    said, cut = run('cut', '--resume', 'auto', '--steps', '16')
-    assert 'from step 9' in said and 'last bit' not in said, said
-    for k in ('model', 'ema'): assert all(torch.equal(cut[k][n], whole[k][n]) for n in whole[k])
-    assert cut['scaler']==whole['scaler']
-    said, _ = run('cut', '--resume', 'auto', '--steps', '17', '--mixed-precision', 'no')
-    assert 'last bit' in said and '--mixed-precision' in said, said
-
-class Payload:
     def __init__(self, f, *args): self.f, self.args = f, args
     def __reduce__(self): return self.f, self.args
 
-@pytest.mark.parametrize('container', ['zip', 'old', 'pickle'])
-@pytest.mark.parametrize('payload', [(os.mkdir, 'pwned'), (os.system, 'touch pwned'), (exec, 'open("pwned", "w")'), (eval, 'open("pwned", "w")'),
-                                     (subprocess.call, ['touch', 'pwned']), (Path.touch, Path('pwned')), (open, 'pwned', 'w')], ids=lambda p: p[0].__qualname__)
-def test_a_crafted_pickle_is_refused_and_does_not_run(payload, container, tmp_path, monkeypatch):
+@pytest.mark.parametrize('options,words', [
+    (dict(data_path='nowhere'), 'nowhere'), (dict(data_path='empty'), 'no images'), (dict(model='DiT-Q/3'), 'DiT-Q/3'), (dict(lr=-1), '--lr must be at least'),
+    (dict(batch_size=0), '--batch-size must be at least 1'), (dict(steps='many'), '--steps must be an integer'), (dict(epoch=3), 'did you mean epochs'),
+    (dict(num_classes=3), '10 classes'), (dict(model='DiT-N/5'), 'divisible'), (dict(resume='nothing.pt'), 'does not exist'), (dict(data_path='photos'), '--vae'),
+    (dict(data_path='photos', image_size=16, num_classes=5), 'no class folders'), (dict(resume='evil.pt'), 'could run a program'),
+    (dict(resume='truncated.pt'), 'truncated'), (dict(device='cuda:77'), 'is not available'), (dict(accumulate=5), 'not divisible by --accumulate 5'),
+    (dict(global_batch_size=8, batch_size=4), 'pass only one of the two'), (dict(mixed_precision='fp8'), 'one of no, bf16'), (dict(compile='maybe'), 'one of auto'),
+    (dict(cache_latents=True), '--vae'), (dict(results_dir=''), '--results-dir is empty'), (dict(steps=3, epochs=1), 'not both'), (dict(plugin='nobody'), 'no such module'),
+    (dict(resume='weights.pt'), 'weights only'), (dict(num_sampling_steps='2000'), '--num-sampling-steps'), (dict(sampler='euler'), 'one of ddpm, ddim'),
+    (dict(metrics='fid'), "unknown metric 'fid'"),
+], ids=lambda o: ','.join(o) if isinstance(o, dict) else '')
+def test_bad_input(options, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    state = dict(model=dict(w=torch.zeros(3)), args=Payload(*payload))
-    if container=='pickle': Path('evil.pt').write_bytes(pickle.dumps(state['args']))
-    else: torch.save(state, 'evil.pt', _use_new_zipfile_serialization=container=='zip')
-    with pytest.raises(UserError, match='evil.pt') as e: read_checkpoint('evil.pt')
-    assert '\n' not in str(e.value) and os.listdir()==['evil.pt']
-    torch.load('evil.pt', weights_only=False) if container!='pickle' else pickle.loads(Path('evil.pt').read_bytes())
-    assert sorted(os.listdir())==['evil.pt', 'pwned'], 'the payload does run where it is trusted'
+    for d in ('empty', 'photos'): Path(d).mkdir()
+    Image.fromarray(np.zeros((20, 20, 3), np.uint8)).save('photos/a.png')
+    torch.save(dict(x=Evil(os.mkdir, 'pwned')), 'evil.pt')
+    torch.save(dict(ema=dict(w=torch.zeros(1000))), 'weights.pt')
+    Path('truncated.pt').write_bytes(Path('weights.pt').read_bytes()[:900])
+    before = sorted(os.listdir())
+    with pytest.raises(UserError) as e: train_function(**options)
+    assert words in str(e.value) and e.value.status==2, e.value
+    assert sorted(os.listdir())==before, 'nothing may be written'
+
+@pytest.mark.parametrize('command,args', [('train', ['--data-path', 'nowhere']), ('train', ['--epoch', '3']), ('sample', []), ('sample', ['--ckpt', 'none.pt']),
+                                          ('latents', ['--data-path', 'digits']), ('coco', ['--label', 'none'])])
+def test_one_line_and_status_2(command, args, tmp_path):
+    r = python('-m', f'mixmix_nb.{command}', *args, cwd=tmp_path)
+    lines = r.stderr.strip().splitlines()
+    assert r.returncode==2 and len(lines)==1 and lines[0].startswith('mixmix_nb: '), r.stderr
+    assert not os.listdir(tmp_path)
+
+@pytest.mark.parametrize('payload', [(os.mkdir, 'pwned'), (os.system, 'touch pwned'), (exec, 'open("pwned", "w")'), (subprocess.call, ['touch', 'pwned']), (open, 'pwned', 'w')],
+                         ids=lambda p: p[0].__qualname__)
+def test_a_crafted_pickle_is_refused_and_does_not_run(payload, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save(dict(model=dict(w=torch.zeros(3)), args=Evil(*payload)), 'evil.pt')
+    with pytest.raises(UserError, match='evil.pt'): read_checkpoint('evil.pt')
+    assert os.listdir()==['evil.pt']
+    torch.load('evil.pt', weights_only=False)
+    assert sorted(os.listdir())==['evil.pt', 'pwned'], 'the payload does run if it is trusted'
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory): # the folder of a short run
+    d = tmp_path_factory.mktemp('run')
+    train('--steps', 30, '--num-sample-images', 0, cwd=d)
+    return next((d/'results').iterdir())
+
+def test_sample_depends_on_the_seed_alone(run, tmp_path):
+    def draw(name, *more):
+        r = python('-m', 'mixmix_nb.sample', '--ckpt', run, '--num-sampling-steps', 10, '--sampler', 'ddpm', '--num-images', 12, '--out', name, *more, cwd=tmp_path)
+        assert r.returncode==0, r.stderr
+        return np.asarray(Image.open(tmp_path/name)).astype(int)
+    a, b, c = draw('a.png', '--batch-size', 12), draw('b.png', '--batch-size', 5), draw('c.png', '--seed', 1)
+    assert abs(a-b).max()<=1 and abs(a-c).max()>50
+    # under torchrun, each of two ranks writes its own images, and they are the same
+    for rank in (0, 1):
+        r = python('-m', 'mixmix_nb.sample', '--ckpt', run, '--num-sampling-steps', 10, '--sampler', 'ddpm', '--num-images', 12, '--each', '--out', 'each', cwd=tmp_path, RANK=rank, WORLD_SIZE=2)
+        assert r.returncode==0 and len(list((tmp_path/'each').glob('*.png')))==6*(rank+1), r.stderr
+    each = np.asarray(Image.open(next((tmp_path/'each').glob('000001_*.png')))).astype(int)
+    size = 8*8
+    top, left = 2, 2+(size+2)
+    assert abs(a[top:top+size, left:left+size][::8,::8]-each).max()<=1
+
+def test_class_names_come_first(run):
+    from mixmix_nb.sample import class_ids
+    facts = dict(num_classes=4, classes=['2', 'cat', 'salt, pepper', '10'])
+    assert class_ids('2,10', facts)==[0, 3] and class_ids('#2,cat', facts)==[2, 1] and class_ids('"salt, pepper",#0', facts)==[2, 0]
+    for bad in ('3', 'salt', '#4', ''):
+        with pytest.raises(UserError, match='available: #0 to #3, 2, cat, "salt, pepper", 10'): class_ids(bad, facts)
+
+def test_checkpoints_of_the_official_script(run, tmp_path):
+    "Bug 3: {model, ema, opt, args: Namespace}, and the prefixes of DDP and torch.compile."
+    ema = torch.load(run/'checkpoints'/'final.pt', weights_only=True)['ema']
+    torch.save(dict(model=ema, ema={f'module._orig_mod.{k}': v for k,v in ema.items()}, opt={}, args=argparse.Namespace(model='DiT-N/2', image_size=8)), tmp_path/'official.pt')
+    torch.save(ema, tmp_path/'bare.pt')
+    images = []
+    for f in ('official.pt', 'bare.pt'):
+        r = python('-m', 'mixmix_nb.sample', '--ckpt', f, '--num-sampling-steps', 4, '--sampler', 'ddim', '--cfg-scale', 1, '--out', f, cwd=tmp_path)
+        assert r.returncode==0, r.stderr
+        images.append(np.asarray(Image.open(tmp_path/f'{f}.png')))
+    assert (images[0]==images[1]).all()
+
+def test_a_reader_who_leaves_ends_nothing(tmp_path):
+    "`train | head -1`: training continues although nobody reads."
+    p = subprocess.Popen([sys.executable, '-m', 'mixmix_nb.train', *map(str, SMALL), '--steps', '20'], cwd=tmp_path, env=child_env(),
+                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    p.stdout.readline()
+    p.stdout.close()
+    assert p.wait(timeout=120)==0, p.stderr.read()
+    run, = (tmp_path/'results').iterdir()
+    assert (run/'checkpoints'/'final.pt').exists() and 'done' in (run/'log.txt').read_text()
+
+def test_bare_containers(tmp_path):
+    "No home folder, unknown user, no C++ compiler: training runs, `--compile on` says what is missing."
+    env = dict(HOME='/nonexistent', USER='', PATH=str(Path(sys.executable).parent), XDG_CACHE_HOME='/nonexistent')
+    train(*SMALL, '--steps', 2, cwd=tmp_path, **env)
+    r = python('-m', 'mixmix_nb.train', *SMALL, '--steps', 2, '--compile', 'on', cwd=tmp_path, **env)
+    assert r.returncode==2 and 'C++ compiler' in r.stderr and len(r.stderr.splitlines())==1, r.stderr
+
+def test_half_precision_resumes_exactly(tmp_path):
+    "Scaler, parts and recomputed blocks: cut and resumed, the same weights."
+    args = [*SMALL, '--accumulate', 2, '--grad-checkpoint', '--mixed-precision', 'fp16']
+    train(*args, '--steps', 12, '--results-dir', 'whole', cwd=tmp_path)
+    train(*args, '--steps', 7, '--results-dir', 'cut', cwd=tmp_path)
+    train('--resume', 'auto', '--steps', 12, '--results-dir', 'cut', cwd=tmp_path)
+    whole, cut = (torch.load(next((tmp_path/d).glob('*/checkpoints/final.pt')), weights_only=True) for d in ('whole', 'cut'))
+    assert cut['scaler'] and cut['scaler']==whole['scaler']
+    for k in ('model', 'ema'): assert all(torch.equal(cut[k][n], whole[k][n]) for n in whole[k])

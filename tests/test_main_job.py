@@ -1,8 +1,8 @@
-"The README's main job: one command, and minutes later digits that are digits."
-import re
+"The README's main job: one command, and a minute or two later digits that are digits."
 from PIL import Image
 import pytest
 from conftest import python
+from judge import judge_run, train_reader
 
 @pytest.mark.timeout(900)
 def test_first_command_draws_digits(tmp_path, say):
@@ -12,7 +12,6 @@ def test_first_command_draws_digits(tmp_path, say):
     for f in ('log.txt', 'metrics.csv', 'curves.png', 'config.json', 'checkpoints/final.pt', 'samples/final.png'): assert (run/f).stat().st_size>0, f
     assert '\r' not in r.stdout, 'a progress bar in a file'
     Image.open(run/'samples'/'final.png').load()
-    from judge import train_reader, judge_run
     reader = train_reader()
     assert reader[1]>=.99
     score = judge_run(run/'checkpoints'/'final.pt', reader=reader)
