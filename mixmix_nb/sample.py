@@ -54,7 +54,7 @@ def facts_from_weights(state, # a state dict of a DiT
     side, pixels = math.isqrt(tokens)*patch, channels in (1, 3)
     facts = dict(shape=[channels, side, side], num_classes=k, classes=None, image_size=side*(1 if pixels else 8),
                  learn_sigma=outputs==2*channels*patch**2, vae='none' if pixels else 'ema')
-    args = dict(model=f'DiT-{size}/{patch}', class_dropout_prob=.1 if rows>k else 0.)
+    args = dict(model=f'DiT-{size}/{patch}', class_dropout_prob=.1 if rows>k else 0., learn_sigma=facts['learn_sigma'])
     return args | dict(objective=given.get('objective', 'ddpm')), facts
 
 def read_model(path, # a checkpoint of this package, one of DiT's own script, or bare weights

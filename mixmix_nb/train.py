@@ -261,6 +261,7 @@ def run_training(given, # options that the user gave
         objective = build_objective(config)
         try: objective.timesteps(config.num_sampling_steps)
         except ValueError as e: raise UserError(f'--num-sampling-steps: {e}') from None
+        for name in filter(None, (config.metrics or '').split(',')): METRICS[name]     # unknown names are an error now
         now = get_facts(config, data, vae, objective)
         if ckpt: check_resume(given, args, facts, now)
         lines_of_data = getattr(data, 'notes', [])

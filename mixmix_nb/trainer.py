@@ -300,6 +300,8 @@ class Trainer:
             self.metrics.load_state_dict(ckpt.get('meter', {}))
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as e:
             raise UserError(f'{name} cannot be resumed: {type(e).__name__}: {str(e)[:200]}') from None
+        for s in self.opt.state.values():                           # own the moments, not views of the file
+            s.update({k: v.clone() for k,v in s.items() if torch.is_tensor(v)})
         self.step = ckpt['train_steps']
         bad = ckpt.get('bad_files') or {}
         self.bad_files = dict(bad) if isinstance(bad, dict) else {f: '' for f in bad}
