@@ -6,7 +6,7 @@
 __all__ = ['upgrade_checkpoint', 'changed_options', 'same_path', 'launch_id', 'why_not_resumable', 'find_run', 'read_resumable',
            'check_resume', 'resumed_lines']
 
-# %% ../nbs/17_resume.ipynb #e27fa231
+# %% ../nbs/17_resume.ipynb #48ed9d52
 import dataclasses, os
 from pathlib import Path
 from .core import DATASETS, UserError
@@ -14,7 +14,7 @@ from .runs import Run, list_runs, newest_checkpoint, read_checkpoint
 from .trainer import lr_at
 from .config import CHANGEABLE, Config, flag
 
-# %% ../nbs/17_resume.ipynb #dd889d1a
+# %% ../nbs/17_resume.ipynb #3d988984
 def upgrade_checkpoint(ckpt, # a dict with `args`
                       ): # options, facts
     "Options and facts of a checkpoint of either edition."
@@ -85,7 +85,7 @@ def find_run(given, # options that the user gave
     newest = path.parent.name=='checkpoints' and run.config() is not None and run.checkpoints()[0].samefile(path)
     return run if newest else None, path, None
 
-# %% ../nbs/17_resume.ipynb #145afbc6
+# %% ../nbs/17_resume.ipynb #5dcf396f
 def read_resumable(file, # a checkpoint, or None
                   ): # what it holds or None, its options or None, its facts
     "A checkpoint that training can continue from. Raises `UserError` if it is not one."
@@ -97,7 +97,7 @@ def read_resumable(file, # a checkpoint, or None
     batch = facts.get('global_batch_size') or args.get('global_batch_size') or args.get('batch_size') or 16
     return ckpt, args | dict(global_batch_size=batch, batch_size=None), facts
 
-# %% ../nbs/17_resume.ipynb #78aeb79f
+# %% ../nbs/17_resume.ipynb #8eec6283
 def check_resume(given, # options that the user gave
                  args, # options of the checkpoint
                  facts, # facts of the checkpoint

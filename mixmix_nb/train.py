@@ -4,16 +4,15 @@
 
 # %% auto #0
 __all__ = ['cache_folder', 'open_dataset', 'build_objective', 'get_facts', 'build_model', 'global_batch', 'versions',
-           'make_trackers', 'memory_errors', 'make_trainer', 'make_callbacks', 'stopped_early', 'train', 'run_training',
+           'make_trackers', 'make_trainer', 'make_callbacks', 'memory_errors', 'stopped_early', 'train', 'run_training',
            'start_run', 'absolute']
 
-# %% ../nbs/17_train.ipynb #b79c666b
-#| eval: false
-if __name__=='__main__':                            # parse the options before torch is imported
+# %% ../nbs/17_train.ipynb #926d2287
+if __name__=='__main__' and '__file__' in globals():     # a command: parse the options before torch is imported
     from mixmix_nb.config import main
     main('train')
 
-# %% ../nbs/17_train.ipynb #cc70196d
+# %% ../nbs/17_train.ipynb #2cd76f48
 import math, os, subprocess, sys, time, torch
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -34,7 +33,7 @@ from .latents import EncodedData, encode, is_cache, open_cache
 from .config import Config, check_options, flag, import_plugins, make_config
 from .resume import check_resume, find_run, launch_id, read_resumable, resumed_lines
 
-# %% ../nbs/17_train.ipynb #c816bd31
+# %% ../nbs/17_train.ipynb #5663fa35
 def cache_folder(config, # a `Config`
                  data, # the dataset of images
                  flip, # are mirrored images encoded too?
@@ -67,12 +66,13 @@ def open_dataset(config, # a `Config`
     encode(data, autoencoder, out, flip=flip, workers=config.num_workers, between=between)
     return open_cache(out), autoencoder.name
 
-# %% ../nbs/17_train.ipynb #331edb78
+# %% ../nbs/17_train.ipynb #7d854ca7
 def build_objective(config, # a `Config`, or anything with its attributes
                    ): # an `Objective`
     "The objective that the options describe."
     return OBJECTIVES[config.objective](config)
 
+# %% ../nbs/17_train.ipynb #357ed6a9
 def get_facts(config, # a `Config`
               data, # the training set
               vae, # name of its autoencoder, or `none`
@@ -90,6 +90,7 @@ def get_facts(config, # a `Config`
                 num_classes=k, classes=list(info.classes) if k and info.classes else None,
                 learn_sigma=bool(objective.learn_sigma), flip=info.flip if config.flip is None else config.flip)
 
+# %% ../nbs/17_train.ipynb #4bee2c52
 def build_model(config, # a `Config`, or anything with its attributes
                 facts, # from `get_facts`
                ): # a `DiT`
@@ -103,7 +104,7 @@ def build_model(config, # a `Config`, or anything with its attributes
                               class_dropout_prob=config.class_dropout_prob, conditioner=config.conditioner)
         except ValueError as e: raise UserError(str(e)) from None
 
-# %% ../nbs/17_train.ipynb #ec68b801
+# %% ../nbs/17_train.ipynb #5631320a
 def global_batch(config, # a `Config`
                 ): # images per step over all processes
     "The global batch size, checked against the number of processes."
@@ -116,7 +117,7 @@ def global_batch(config, # a `Config`
         raise UserError(f'{total//n} images per process are not divisible by --accumulate {config.accumulate}')
     return total
 
-# %% ../nbs/17_train.ipynb #3d43b66c
+# %% ../nbs/17_train.ipynb #bf739e6b
 def versions(): # dict of texts
     "What this runs on, for config.json."
     home = Path(mixmix_nb.__file__).parents[1]
@@ -126,6 +127,7 @@ def versions(): # dict of texts
     try: return v | dict(commit=subprocess.check_output(git, stderr=subprocess.DEVNULL, text=True, timeout=5).strip())
     except (OSError, subprocess.SubprocessError): return v
 
+# %% ../nbs/17_train.ipynb #1253f479
 def make_trackers(config, # a `Config`
                   run, # a `Run`
                   step, # the step to continue from
@@ -148,17 +150,7 @@ def make_trackers(config, # a `Config`
         raise UserError(f"--{name} needs the package {name}: pip install 'mixmix_nb[{name}]'") from None
     return out
 
-@contextmanager
-def memory_errors(config): # a `Config`
-    "Turn out of memory into one line that says what to do."
-    try: yield
-    except (RuntimeError, MemoryError) as e:
-        if not out_of_memory(e): raise
-        n, parts = global_batch(config)//world_size()//config.accumulate, 2*config.accumulate
-        raise RunError(f'out of memory with {n} images at a time; try --accumulate {parts} (the same result), '
-                       '--grad-checkpoint, a smaller --batch-size or a smaller --model') from None
-
-# %% ../nbs/17_train.ipynb #956c1494
+# %% ../nbs/17_train.ipynb #28bebcc6
 def make_trainer(config, # a `Config`
                  facts, # from `get_facts`
                  data, # the training set
@@ -194,6 +186,7 @@ def make_trainer(config, # a `Config`
     warning = precision_warning(precision, device)
     return trainer, [', '.join(k for k,v in about.items() if v), *([warning] if warning else [])]
 
+# %% ../nbs/17_train.ipynb #5e4e44cf
 def make_callbacks(config, # a `Config`
                    facts, # from `get_facts`
                    trainer, # a `Trainer`
@@ -222,7 +215,18 @@ def make_callbacks(config, # a `Config`
             Logger(run, config.log_every, marks=every, mfu=used, trackers=trackers),
             Checkpoints(run, notes, every, minutes=config.ckpt_minutes, keep=config.keep_ckpts), previews, stop]
 
-# %% ../nbs/17_train.ipynb #2da62ba3
+# %% ../nbs/17_train.ipynb #1193d65a
+@contextmanager
+def memory_errors(config): # a `Config`
+    "Turn out of memory into one line that says what to do."
+    try: yield
+    except (RuntimeError, MemoryError) as e:
+        if not out_of_memory(e): raise
+        n, parts = global_batch(config)//world_size()//config.accumulate, 2*config.accumulate
+        raise RunError(f'out of memory with {n} images at a time; try --accumulate {parts} (the same result), '
+                       '--grad-checkpoint, a smaller --batch-size or a smaller --model') from None
+
+# %% ../nbs/17_train.ipynb #5338fd1b
 def stopped_early(stop): # `StopOnSignal`
     "A function that ends the program if a signal came before training began."
     def check():
@@ -231,6 +235,7 @@ def stopped_early(stop): # `StopOnSignal`
         sys.exit(75 if os.environ.get('SLURM_JOB_ID') else 0)
     return check
 
+# %% ../nbs/17_train.ipynb #ecff5330
 def train(**options): # the options of `Config`
     """Train, or resume; returns the run's folder. Options that are not given come from the resumed run, the dataset's
     recipe, or the defaults of `Config`. Under SLURM a run that is asked to stop exits with status 75.

@@ -13,7 +13,8 @@ ROOT = Path(__file__).parent.parent
 BIG, SMALL = dict(batch_size=64, steps=800), dict(batch_size=32, steps=1600)
 PLAIN, COSINE_LR = dict(lr=1e-3, warmup=0, lr_schedule='constant'), dict(lr=3e-3, warmup=50, lr_schedule='cosine')
 RECIPES = {
-    "DiT's own: ε, learned variance": dict(prediction='eps', schedule='linear', **BIG, **PLAIN),
+    "DiT's objective: ε, learned variance": dict(prediction='eps', schedule='linear', **BIG, **PLAIN),
+    'fixed variance': dict(prediction='eps', learn_sigma=False, schedule='linear', **BIG, **PLAIN),
     'v instead of ε': dict(prediction='v', schedule='linear', **BIG, **PLAIN),
     '+ cosine noise schedule': dict(prediction='v', schedule='cosine', **BIG, **PLAIN),
     '+ higher learning rate that falls': dict(prediction='v', schedule='cosine', **BIG, **COSINE_LR),
