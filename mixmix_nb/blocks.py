@@ -54,7 +54,6 @@ def layer_norm(dim, # token width D
     "LayerNorm without learned scale and shift: in DiT both come from the conditioning vector."
     return nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
 
-# %% ../nbs/04_blocks.ipynb #995a45f7
 def modulate(x, # tokens, (B,N,D)
              shift, # added to each channel, (B,D)
              scale, # each channel is multiplied by 1+scale, (B,D)

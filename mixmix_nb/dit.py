@@ -118,7 +118,6 @@ def make_model(name, # a key of `core.MODELS`, a hyphen and a variant: `DiT-S/4`
     family = next((f for f in sorted(MODELS, key=len, reverse=True) if name.startswith(f'{f}-')), name)
     return MODELS[family](name[len(family)+1:], **kwargs)
 
-# %% ../nbs/05_dit.ipynb #c7693774
 def num_params(model, # an nn.Module
               ): # an integer
     "Number of parameters, the frozen position table included."

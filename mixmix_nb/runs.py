@@ -113,7 +113,7 @@ def read_checkpoint(path, # a file
         ckpt = torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)
     except PermissionError: raise UserError(f'checkpoint {path}: no permission to read it') from None
     except Exception as e:
-        unsafe = 'global' in str(e).lower() or 'Unsupported' in str(e)
+        unsafe = any(s in str(e).lower() for s in ('unsupported global', 'unsupported class'))
         why = 'holds more than tensors and plain values; not loaded, since that could run a program'
         raise UserError(f'checkpoint {path} {why if unsafe else "is truncated, corrupt or not a checkpoint"}') from None
     if not isinstance(ckpt, dict): raise UserError(f'checkpoint {path} is not a dict of tensors')

@@ -7,13 +7,12 @@ __all__ = ['strip_prefixes', 'facts_from_weights', 'read_model', 'load_model', '
            'make_decoder', 'output_path', 'check_sampling', 'sample', 'write_each', 'columns', 'render_row',
            'playground']
 
-# %% ../nbs/18_sample.ipynb #5137daca
-#| eval: false
-if __name__=='__main__':                            # parse the options before torch is imported
+# %% ../nbs/18_sample.ipynb #223e918c
+if __name__=='__main__' and '__file__' in globals():     # a command: parse the options before torch is imported
     from mixmix_nb.config import main
     main('sample')
 
-# %% ../nbs/18_sample.ipynb #6abe064b
+# %% ../nbs/18_sample.ipynb #25a46dd9
 import csv, io, math, os, torch
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,7 +27,7 @@ from .train import build_model, build_objective
 from .config import Config, SampleConfig, check_options, flag, import_plugins
 from .resume import upgrade_checkpoint
 
-# %% ../nbs/18_sample.ipynb #b7d7ba8c
+# %% ../nbs/18_sample.ipynb #faf91286
 def strip_prefixes(state, # a state dict
                   ): # the same with plain names
     "Remove the prefixes that DDP (`module.`) and torch.compile (`_orig_mod.`) put before names."
@@ -37,6 +36,7 @@ def strip_prefixes(state, # a state dict
         return k
     return {plain(k): v for k,v in state.items()}
 
+# %% ../nbs/18_sample.ipynb #7ffd42bd
 def facts_from_weights(state, # a state dict of a DiT
                        given, # options that the user gave; `num_classes` if training dropped no labels
                       ): # options, facts
@@ -57,6 +57,7 @@ def facts_from_weights(state, # a state dict of a DiT
     args = dict(model=f'DiT-{size}/{patch}', class_dropout_prob=.1 if rows>k else 0., learn_sigma=facts['learn_sigma'])
     return args | dict(objective=given.get('objective', 'ddpm')), facts
 
+# %% ../nbs/18_sample.ipynb #28098c6a
 def read_model(path, # a checkpoint of this package, one of DiT's own script, or bare weights
                weights='ema', # `ema` or `model`
                given={}, # options that the user gave
@@ -75,6 +76,7 @@ def read_model(path, # a checkpoint of this package, one of DiT's own script, or
     except (UserError, KeyError, TypeError, ValueError) as e: raise UserError(f'{path}: {e}') from None
     return state, args, facts
 
+# %% ../nbs/18_sample.ipynb #72dd69a4
 def load_model(path, # a checkpoint, or the folder of a run
                device='cpu', # where to
                weights='ema', # `ema` or `model`
@@ -97,7 +99,7 @@ def load_model(path, # a checkpoint, or the folder of a run
     model.load_state_dict(state)
     return model.to(device).eval(), config, facts
 
-# %% ../nbs/18_sample.ipynb #e9cc1cca
+# %% ../nbs/18_sample.ipynb #4a72bdd9
 def class_names(classes, # names of class folders, or None
                ): # list of texts
     "Names that people read: ImageNet's `n01440764` is a tench; others are their own."
@@ -107,6 +109,7 @@ def class_names(classes, # names of class folders, or None
     known = set(info.label_names())
     return [info.label_name_to_description(c).split(',')[0] if c in known else c for c in classes]
 
+# %% ../nbs/18_sample.ipynb #019b4ac5
 def class_ids(text, # `cat,#3,"salt, pepper"`: names, or # and a position
               facts, # of the checkpoint
              ): # list of integers
@@ -126,6 +129,7 @@ def class_ids(text, # `cat,#3,"salt, pepper"`: names, or # and a position
     if not ids: raise UserError(f'--classes is empty; available: {there}')
     return ids
 
+# %% ../nbs/18_sample.ipynb #7bc21af9
 def sampling_cond(model, # a `DiT`
                   facts, # of the checkpoint
                   text, # `--classes`, or None
@@ -143,6 +147,7 @@ def sampling_cond(model, # a `DiT`
     n = n or max(16, len(ids))
     return n, torch.tensor(ids).repeat(-(-n//len(ids)))[:n]
 
+# %% ../nbs/18_sample.ipynb #117db812
 def make_decoder(facts, # of the checkpoint
                  device, # a torch.device
                  vae=None, # an autoencoder instead of the one of the run
@@ -157,7 +162,7 @@ def make_decoder(facts, # of the checkpoint
         raise UserError(f'the latents of {v.name} are {v.channels}×{size}×{size}, those of this model {"×".join(map(str, shape))}')
     return v.decode
 
-# %% ../nbs/18_sample.ipynb #028c9130
+# %% ../nbs/18_sample.ipynb #9d546f33
 def output_path(out, # as given
                 each=False, # a folder of images
                ): # a path that can be written
@@ -170,6 +175,7 @@ def output_path(out, # as given
     if wrong or not os.access(there, os.W_OK): raise UserError(f'--out {out} cannot be written; choose another')
     return out
 
+# %% ../nbs/18_sample.ipynb #c10cf120
 def check_sampling(o, # a `SampleConfig`
                    model, # a `DiT`
                    facts, # of the checkpoint
@@ -185,6 +191,7 @@ def check_sampling(o, # a `SampleConfig`
     most, hint = (10**6, '') if o.each else (10**4, ' in one grid; --each writes more')
     if (o.num_images or 0)>most: raise UserError(f'--num-images must be at most {most:,}{hint}')
 
+# %% ../nbs/18_sample.ipynb #fd218b4d
 def sample(**options): # the options of `SampleConfig`
     """Sample images from a checkpoint; what is not given is as in the previews of the run. Returns the path written.
     Under torchrun, `--each` is spread over the processes; a grid is made by rank 0. Raises `UserError`."""
@@ -222,6 +229,7 @@ def sample(**options): # the options of `SampleConfig`
     print(out)
     return out
 
+# %% ../nbs/18_sample.ipynb #8e26408d
 def write_each(folder, # a `Path`
                x, # images, uint8 (B,C,H,W)
                ids, # their numbers, (B,)
@@ -242,7 +250,7 @@ def columns(cond, # conditioning, (N,...) or None
     k = len(set(ids))
     return k if 2<=k<=20 and len(ids)>k and ids==[ids[i%k] for i in range(len(ids))] else None
 
-# %% ../nbs/18_sample.ipynb #0cc52399
+# %% ../nbs/18_sample.ipynb #0597bba3
 def render_row(model, # a `DiT`
                trained, # its options
                facts, # of the checkpoint
@@ -256,8 +264,8 @@ def render_row(model, # a `DiT`
               ): # a PIL image
     "Images of one class side by side."
     from PIL import Image
-    labels = preview_labels(facts['num_classes'], n, 0) if label is None else torch.full((n,), label)
-    cond = None if model.y_embedder is None else labels
+    cond = None
+    if model.y_embedder: cond = torch.full((n,), label) if label is not None else preview_labels(facts['num_classes'], n, 0)
     batches = generate(build_objective(trained), model, cond, ids=range(n), shape=tuple(facts['shape']), seed=seed,
                        conditioner=model.y_embedder, sampler='ddim', steps=steps, cfg_scale=guidance,
                        clip=facts['vae']=='none', device=model.pos_embed.device)
@@ -265,6 +273,7 @@ def render_row(model, # a `DiT`
     if decode: x = decode(x)
     return Image.fromarray(image_grid(x, cols=n, scale=max(1, 64//x.shape[-1])).numpy())
 
+# %% ../nbs/18_sample.ipynb #3c131af2
 def playground(ckpt, # a checkpoint or the folder of a run
                device='auto', # where to sample
                n=8, # images in the row
@@ -274,7 +283,7 @@ def playground(ckpt, # a checkpoint or the folder of a run
     model, trained, facts = load_model(ckpt, device := get_device(device))
     decode = make_decoder(facts, device)
     names = class_names(facts['classes']) or [str(i) for i in range(facts['num_classes'])]
-    classes = [('all', None)] + [(c, i) for i,c in enumerate(names)] if facts['num_classes'] else [('none', None)]
+    classes = [('all' if names else 'none', -1)] + [(c, i) for i,c in enumerate(names)]
     opts = dict(continuous_update=False)
     sliders = dict(label=w.SelectionSlider(options=classes, description='class', **opts),
                    guidance=w.FloatSlider(1.5, min=0, max=8, step=.5, description='guidance', **opts),
@@ -283,6 +292,7 @@ def playground(ckpt, # a checkpoint or the folder of a run
     picture = w.Image(format='png')
     def redraw(*_):
         values = {k: s.value for k,s in sliders.items()}
+        if values['label']<0: values['label'] = None
         render_row(model, trained, facts, n=n, decode=decode, **values).save(buffer := io.BytesIO(), 'PNG')
         picture.value = buffer.getvalue()
     for s in sliders.values(): s.observe(redraw, 'value')

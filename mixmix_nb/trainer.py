@@ -107,12 +107,13 @@ class Metrics:
     @torch.no_grad()
     def add(self, values, # dict of 0-dim tensors of this step
             found_inf, # 1 if the step was skipped, else 0, 0-dim tensor
+            serious, # the same, but 0 while a gradient scaler is still searching
            ):
         "Add one step; a skipped step only counts as skipped."
         for k,v in values.items(): self.sums[k] = self.sums.get(k, 0) + v.where(found_inf==0, 0)
         self.count += 1-found_inf
         self.skipped += found_inf
-        self.row = (self.row+found_inf)*found_inf                   # consecutive skipped steps
+        self.row = (self.row+serious)*found_inf                     # consecutive skipped steps
         self.worst_row = torch.maximum(self.worst_row, self.row)
 
     def read(self, dist): # dict of numbers: means since the last reading, and `skipped`; then start again
@@ -241,7 +242,8 @@ class Trainer:
         means = self.backward(x, cond)
         norm = self.clip_grads()
         found_inf = (~norm.isfinite()).float()
-        self.metrics.add(means | dict(grad_norm=norm), found_inf)
+        serious = found_inf*(self.scaler.scale(torch.ones_like(norm))<=1) if self.scaler else found_inf
+        self.metrics.add(means | dict(grad_norm=norm), found_inf, serious)
         self.update(found_inf)
         self.step += 1
 
