@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['generate', 'preview_labels', 'preview_cond', 'save_images', 'plot_curves', 'Previews', 'Validation', 'Evaluate']
 
-# %% ../nbs/12_previews.ipynb #e52c267c
+# %% ../nbs/12_previews.ipynb #23d7def0
 import math, torch
 from .core import METRICS, SAMPLERS, atomic_write, image_grid, named_generator, rank
 from .data import to_model, val_batches
@@ -13,7 +13,7 @@ from .samplers import ImageNoise, guided
 from .trainer import Callback
 from .runs import COLUMNS, MetricsFile, out_of_memory
 
-# %% ../nbs/12_previews.ipynb #a718fbeb
+# %% ../nbs/12_previews.ipynb #b3bea389
 def generate(objective, # an `Objective`
              net, # (x, t, cond) → prediction
              cond, # conditioning of each image, (N,...), or None
@@ -67,7 +67,7 @@ def save_images(path, # where to
     grid = image_grid(x, cols, pad=2, scale=max(1, round(64/x.shape[-1])))
     atomic_write(path, lambda f: Image.fromarray(grid.numpy()).save(f, 'PNG'))
 
-# %% ../nbs/12_previews.ipynb #34312d6e
+# %% ../nbs/12_previews.ipynb #aa9b55e9
 def plot_curves(rows, # from `MetricsFile.read`
                 path, # where to write the PNG
                ):
@@ -86,7 +86,7 @@ def plot_curves(rows, # from `MetricsFile.read`
         if ax.lines: ax.legend()
     atomic_write(path, lambda f: fig.savefig(f, format='png', dpi=100))
 
-# %% ../nbs/12_previews.ipynb #3e54342d
+# %% ../nbs/12_previews.ipynb #4b8e99e2
 class Previews(Callback):
     "Samples of the EMA and curves, every `every` steps and at the end, with random numbers of their own."
     def __init__(self, run, # a `Run`
@@ -138,7 +138,7 @@ class Previews(Callback):
                 if not out_of_memory(e): raise
                 self.run.log(f'skipped previews for {name}: not enough memory; lower --num-sample-images ({self.n})')
 
-# %% ../nbs/12_previews.ipynb #c7840f42
+# %% ../nbs/12_previews.ipynb #17234977
 class Validation(Callback):
     "Loss of the EMA on held-out images, with the same random numbers every time, in all and by quarter of t."
     def __init__(self, data, # a dataset
@@ -155,19 +155,23 @@ class Validation(Callback):
     def measure(self, trainer): # dict of numbers: `val_loss`, `val_loss_q1` … `val_loss_q4`
         "Mean loss over the held-out images. This waits for the device."
         n, d, size = len(self.data), trainer.dist, trainer.hi-trainer.lo
-        sums, lo = torch.zeros(4, 2, device=trainer.device), n*d.rank//d.world
-        for x,cond in val_batches(self.data, batch=size, lo=lo, hi=n*(d.rank+1)//d.world, workers=trainer.workers):
+        share = min(-(-n//d.world), n)                              # the same number on each rank, as FSDP needs it
+        lo, first = min(d.rank*share, n-share), d.rank*share
+        sums = torch.zeros(4, 2, device=trainer.device)
+        for x,cond in val_batches(self.data, batch=size, lo=lo, hi=lo+share, workers=trainer.workers):
             rand = trainer.randoms('val', lo, lo+len(x))
             c = cond.to(trainer.device) if trainer.conditioner else None
             x = to_model(self.data, x.to(trainer.device), False, rand)
             loss = trainer.objective.loss(trainer.ema_net, x, c, rand)['loss']
-            sums.index_add_(0, (rand.t*4).long().clamp(max=3), torch.stack([loss, torch.ones_like(loss)], 1))
+            own = (torch.arange(lo, lo+len(x), device=trainer.device)>=first).float()       # the rest is another rank's
+            sums.index_add_(0, (rand.t*4).long().clamp(max=3), torch.stack([own*loss, own], 1))
             lo += len(x)
         sums = d.sum(sums)
         total, count = sums.sum(0).tolist()
         quarters = (sums[:,0]/sums[:,1]).tolist()
         return dict(val_loss=total/count) | {f'val_loss_q{i+1}': q for i,q in enumerate(quarters)}
 
+# %% ../nbs/12_previews.ipynb #02745c69
 class Evaluate(Callback):
     "Metrics registered in `METRICS`, computed every `every` steps; each is a column of metrics.csv."
     def __init__(self, names, # keys of `METRICS`

@@ -6,7 +6,7 @@
 __all__ = ['update_ema', 'ema_decay_at', 'lr_at', 'make_optimizer', 'SingleProcess', 'Callback', 'local', 'Metrics', 'Trainer',
            'check_weights']
 
-# %% ../nbs/11_training.ipynb #46274b26
+# %% ../nbs/11_training.ipynb #a0c6335b
 import copy, math, time, torch
 from contextlib import contextmanager, nullcontext
 from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_state_dict,
@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model
 from .core import RunError, StepRandoms, UserError, progress
 from .data import batches, to_model
 
-# %% ../nbs/11_training.ipynb #a5b4a400
+# %% ../nbs/11_training.ipynb #fdee1f74
 @torch.no_grad()
 def update_ema(ema, # tensors of the EMA
                params, # tensors of the model, in the same order
@@ -30,7 +30,7 @@ def ema_decay_at(step, # steps done before this one
     "EMA decay of a step: min(decay, (1+step)/(10+step)) with warmup."
     return min(decay, (1+step)/(10+step)) if warmup else decay
 
-# %% ../nbs/11_training.ipynb #48a13713
+# %% ../nbs/11_training.ipynb #756848b4
 def lr_at(step, # steps done before this one
           lr, # peak learning rate
           warmup=0, # steps of linear warmup
@@ -43,7 +43,7 @@ def lr_at(step, # steps done before this one
     fall = .5*(1+math.cos(math.pi*min(1, step/steps))) if schedule=='cosine' else 1
     return lr*rise*fall
 
-# %% ../nbs/11_training.ipynb #dc19bc6c
+# %% ../nbs/11_training.ipynb #7f6ac119
 def make_optimizer(model, # a module
                    lr, # learning rate
                    weight_decay=0., # of matrices; biases, embeddings and single numbers are not decayed
@@ -59,7 +59,7 @@ def make_optimizer(model, # a module
     try: return torch.optim.AdamW(groups, lr, (.9, beta2), fused=True)
     except RuntimeError: return torch.optim.AdamW(groups, lr, (.9, beta2))
 
-# %% ../nbs/11_training.ipynb #f1533497
+# %% ../nbs/11_training.ipynb #a67f112b
 class SingleProcess:
     "What a trainer asks of the other ranks if there are none. `Distributed` (chapter 14) has the same methods."
     rank, world = 0, 1
@@ -85,7 +85,7 @@ class SingleProcess:
         "The items of all ranks."
         return list(items)
 
-# %% ../nbs/11_training.ipynb #36d4f3eb
+# %% ../nbs/11_training.ipynb #9689cc47
 class Callback:
     "Something that happens around training steps: logging, checkpoints, previews, validation."
     def before_fit(self, trainer): "Before the first step."
@@ -96,7 +96,7 @@ def local(t): # the part of a tensor that this process holds; all of it unless i
     "Local shard of a `DTensor`, sharing its memory."
     return t.to_local() if hasattr(t, 'to_local') else t
 
-# %% ../nbs/11_training.ipynb #0fa63fef
+# %% ../nbs/11_training.ipynb #4303d302
 class Metrics:
     "Running means of 0-dim tensors, kept on the device; reading them is the only synchronisation."
     def __init__(self, device): # where the tensors are
@@ -134,7 +134,7 @@ class Metrics:
         self.sums = {k: v.to(self.device, copy=True) for k,v in state['sums'].items()}
         for k in ('count','skipped','row','worst_row'): setattr(self, k, state[k].to(self.device, copy=True))
 
-# %% ../nbs/11_training.ipynb #66a8f981
+# %% ../nbs/11_training.ipynb #d8e72578
 class Trainer:
     "A model, its EMA, its optimizer and its position in the data: everything that a checkpoint holds."
     def __init__(self, model, # (x, t, cond) → prediction, with `y_embedder`, a `Conditioner` or None
@@ -308,7 +308,7 @@ class Trainer:
         bad = ckpt.get('bad_files') or {}
         self.bad_files = dict(bad) if isinstance(bad, dict) else {f: '' for f in bad}
 
-# %% ../nbs/11_training.ipynb #566b6dba
+# %% ../nbs/11_training.ipynb #2197c7c8
 def check_weights(model, # a module
                   state, # a state dict for it
                   name='checkpoint', # what to call it in the message

@@ -61,3 +61,22 @@ def test_a_wrong_checksum_is_refused(server, tmp_path, monkeypatch):
     with pytest.raises(RunError, match='wrong checksum'):
         c.coco(output_dir=str(tmp_path/'coco'), val_only=True, base_url=f'http://127.0.0.1:{server.server_port}')
     with pytest.raises(UserError, match='not both'): c.coco(val_only=True, include_val=True)
+
+def test_another_label_moves_the_images(server, tmp_path):
+    o = dict(output_dir=str(tmp_path/'coco'), val_only=True, base_url=f'http://127.0.0.1:{server.server_port}')
+    c.coco(**o)
+    path = tmp_path/'coco'/'annotations'/'instances_val2017.json'
+    a = json.loads(path.read_text())
+    a['annotations'] += [dict(image_id=i, category_id=2, area=1., iscrowd=0) for i in range(12) for _ in range(2)]
+    path.write_text(json.dumps(a))
+    c.coco(**o, label='most-frequent')
+    assert {p.name: len(list(p.iterdir())) for p in (tmp_path/'coco'/'imagefolder'/'val').iterdir()}=={'dog': 12}
+    assert len(list((tmp_path/'coco'/'images'/'val2017').iterdir()))==12
+
+def test_faults_are_one_line(server, tmp_path):
+    o = dict(output_dir=str(tmp_path/'coco'), val_only=True)
+    with pytest.raises(UserError, match='not an address'): c.coco(**o, base_url='nowhere')
+    with pytest.raises(RunError, match='run the same command again'): c.coco(**o, base_url='http://127.0.0.1:1')
+    archive = tmp_path/'coco'/'annotations_trainval2017.zip'
+    archive.write_bytes(server.files['annotations/annotations_trainval2017.zip'][:-100])
+    with pytest.raises(RunError, match='damaged.*delete it'): c.coco(**o)
