@@ -270,7 +270,7 @@ def run_training(given, # options that the user gave
         now = get_facts(config, data, vae, objective)
         if ckpt: check_resume(given, args, facts, now)
         lines_of_data = getattr(data, 'notes', [])
-        data, val = holdout(in_memory(data, device), config.val_fraction, config.seed)
+        data, val = holdout(in_memory(data, device, workers=config.num_workers), config.val_fraction, config.seed)
         trainer, lines = make_trainer(config, now, data, objective, device, dist, ckpt['train_steps'] if ckpt else 0)
         now['global_batch_size'] = trainer.batch
         if ckpt:
