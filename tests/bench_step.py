@@ -1,52 +1,78 @@
-"""One training step of DiT-S/4 (32×32×4, fp32, eager) here and with diffusers' model of that size, in turns in one run.
+"""One training step of DiT-S/4 (32×32×4, eager, fp32 and bf16) beside the first edition's, in turns in one process.
 
-    python tests/bench_step.py [--batch 8] [--rounds 15] [--device cpu]
+    python tests/bench_step.py OLD [--batch 8] [--rounds 15] [--device cpu]
 
-Both do the same work: forward, MSE of the noise, backward, fused AdamW, an average of the weights. Ours adds the variational bound, the meter and its own random numbers.
+OLD is the package's folder in a checkout of the first edition: `git worktree add /tmp/old 0327af2`, then
+`/tmp/old/mixmix_nb`. Both do the same work: random numbers, forward, bound of the variance, backward, fused AdamW, EMA.
+Peak memory is that of a process of its own for each, on a GPU of what PyTorch allocated there.
 """
-import argparse, copy, platform, statistics, time
-import torch, torch.nn.functional as F
-from diffusers import DiTTransformer2DModel
-from mixmix_nb.data import MemoryData
-from mixmix_nb.diffusion import Diffusion
-from mixmix_nb.models import DiT_models, num_params
-from mixmix_nb.training import Trainer
+import argparse, importlib.util, platform, resource, statistics, subprocess, sys, time
+from functools import partial
+from pathlib import Path
+import torch
 
-p = argparse.ArgumentParser(); p.add_argument('--batch', type=int, default=8); p.add_argument('--rounds', type=int, default=15); p.add_argument('--device', default='cpu')
-a = p.parse_args()
-torch.manual_seed(0)
-data = MemoryData(torch.randint(0, 256, (64, 4, 32, 32), dtype=torch.uint8), torch.arange(64), [str(i) for i in range(1000)]).to(a.device)
-ours = Trainer(DiT_models['DiT-S/4'](), Diffusion(), data, batch=a.batch, steps=10**6, device=a.device)
-theirs = DiTTransformer2DModel(num_attention_heads=6, attention_head_dim=64, in_channels=4, out_channels=8, num_layers=12, patch_size=4, sample_size=32,
-                               num_embeds_ada_norm=1000, norm_eps=1e-6).to(a.device)
-ema, params, process = copy.deepcopy(theirs).requires_grad_(False), list(theirs.parameters()), Diffusion().to(a.device)
-opt = torch.optim.AdamW(params, 1e-4, weight_decay=0., fused=True)
-stream = ours.data.batches(0, a.batch, 0, 10**6)
+parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+parser.add_argument('old', help='folder of the old package')
+parser.add_argument('--batch', type=int, default=8, help='images per step')
+parser.add_argument('--rounds', type=int, default=15, help='turns of each')
+parser.add_argument('--device', default='cpu')
+parser.add_argument('--only', nargs=2, metavar=('WHICH', 'PRECISION'), help='three steps of one side, for its memory')
+args = parser.parse_args()
+device = torch.device(args.device)
+x, y = torch.randint(0, 256, (64, 4, 32, 32), dtype=torch.uint8, device=device), torch.arange(64, device=device)
 
-def step_ours():
-    x, y, _ = next(stream)
-    ours.train_step(x, y)
+def make_new(precision): # a function of no arguments: one step
+    from mixmix_nb.data import DataInfo, TensorData, batches
+    from mixmix_nb.dit import make_model
+    from mixmix_nb.likelihood import ddpm_objective
+    from mixmix_nb.config import Config
+    from mixmix_nb.speed import with_autocast
+    from mixmix_nb.trainer import Trainer
+    data = TensorData(x, y, DataInfo('random', (4, 32, 32), [str(i) for i in range(1000)]))
+    trainer = Trainer(make_model('DiT-S/4'), ddpm_objective(Config()), data, batch=args.batch, device=device,
+                      autocast=partial(with_autocast, precision=precision, device=device))
+    stream = batches(data, seed=0, batch=args.batch, start=0, stop=10**6)
+    return lambda: trainer.train_step(*next(stream)[:2])
 
-def step_theirs():
-    i = torch.randint(0, 64, (a.batch,), device=a.device)
-    x, y = data.images[i].float()/127.5-1, data.labels[i]
-    t, noise = torch.randint(0, 1000, (a.batch,), device=a.device), torch.randn_like(x)
-    out = theirs(process.q_sample(x, t, noise), timestep=t, class_labels=y).sample
-    F.mse_loss(out[:,:4], noise).backward()
-    opt.step(); opt.zero_grad()
-    torch._foreach_lerp_(list(ema.parameters()), params, 1e-4)
+def make_old(precision): # the same in the first edition
+    file = Path(args.old)/'__init__.py'
+    spec = importlib.util.spec_from_file_location('mixmix_old', file, submodule_search_locations=[str(file.parent)])
+    sys.modules.setdefault('mixmix_old', importlib.util.module_from_spec(spec))
+    load = lambda name: importlib.import_module(f'mixmix_old.{name}')
+    data = load('data').MemoryData(x, y, [str(i) for i in range(1000)]).to(device)
+    half = {} if precision=='no' else dict(wrap=lambda m: load('speed').in_half(m, torch.bfloat16, device))
+    trainer = load('training').Trainer(load('models').DiT_models['DiT-S/4'](), load('diffusion').Diffusion(), data,
+                                       batch=args.batch, steps=10**6, device=device, **half)
+    stream = data.batches(0, args.batch, 0, 10**6)
+    return lambda: trainer.train_step(*next(stream)[:2])
 
-def timed(f):
-    if a.device!='cpu': torch.cuda.synchronize()
-    t = time.perf_counter(); f()
-    if a.device!='cpu': torch.cuda.synchronize()
-    return time.perf_counter()-t
+def seconds(step): # how long one call takes
+    if device.type=='cuda': torch.cuda.synchronize()
+    start = time.perf_counter()
+    step()
+    if device.type=='cuda': torch.cuda.synchronize()
+    return time.perf_counter()-start
 
-for f in (step_ours, step_theirs, step_ours, step_theirs): f()
-pairs = [(timed(step_ours), timed(step_theirs)) for _ in range(a.rounds)]
-us, them = (statistics.median(x) for x in zip(*pairs))
-ratio = sorted(x/y for x,y in pairs)
-print(f'{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, batch {a.batch}, {a.rounds} rounds in turns')
-print(f'mixmix_nb DiT-S/4   {num_params(ours.model)/1e6:.1f} M parameters  {us*1e3:7.1f} ms a step  {a.batch/us:6.1f} images/s')
-print(f'diffusers DiT-S/4   {sum(q.numel() for q in params)/1e6:.1f} M parameters  {them*1e3:7.1f} ms a step  {a.batch/them:6.1f} images/s')
-print(f'time here / time there: median {statistics.median(ratio):.3f}, from {ratio[0]:.3f} to {ratio[-1]:.3f}')
+def peak_mb(which, precision): # of three steps in a process of their own
+    command = [sys.executable, __file__, *sys.argv[1:], '--only', which, precision]
+    return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+
+MAKE = dict(new=make_new, old=make_old)
+if args.only:
+    step = MAKE[args.only[0]](args.only[1])
+    for _ in range(3): step()
+    print(torch.cuda.max_memory_allocated()/2**20 if device.type=='cuda' else
+          resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/(2**20 if sys.platform=='darwin' else 2**10))
+    sys.exit()
+name = torch.cuda.get_device_name(device) if device.type=='cuda' else platform.processor() or platform.machine()
+print(f'{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, batch {args.batch}, {args.rounds} rounds')
+peaks = {(k, p): peak_mb(k, p) for p in ('no', 'bf16') for k in MAKE}     # first: a child's peak counts its parent's
+for precision in ('no', 'bf16'):
+    steps = {k: make(precision) for k,make in MAKE.items()}
+    for step in [*steps.values()]*2: step()                             # warm up
+    rounds = [{k: seconds(step) for k,step in steps.items()} for _ in range(args.rounds)]
+    for k in MAKE:
+        print(f'{"fp32" if precision=="no" else precision}, {k}: {1e3*statistics.median(r[k] for r in rounds):7.1f} ms '
+              f'a step, peak memory {peaks[k, precision]:,.0f} MB')
+    ratio = sorted(r['new']/r['old'] for r in rounds)
+    print(f'   new/old: median {statistics.median(ratio):.3f}, from {ratio[0]:.3f} to {ratio[-1]:.3f}', flush=True)
