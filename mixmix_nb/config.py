@@ -7,13 +7,13 @@ __all__ = ['CHANGEABLE', 'RECIPES', 'COMMANDS', 'opt', 'option_type', 'flag', 'c
            'make_parser', 'import_plugins', 'parse', 'check_options', 'Config', 'make_config', 'SampleConfig',
            'LatentsConfig', 'CocoConfig', 'main', 'train_command', 'sample_command', 'latents_command', 'coco_command']
 
-# %% ../nbs/17_config.ipynb #9a7f43cb
+# %% ../nbs/17_config.ipynb #cac4e130
 import argparse, dataclasses, difflib, importlib, math, os, sys, typing
 from dataclasses import dataclass
 from fastcore.docments import docments
 from .core import CONDITIONERS, MIXERS, OBJECTIVES, SAMPLERS, UserError, run_command
 
-# %% ../nbs/17_config.ipynb #d0a4d1c1
+# %% ../nbs/17_config.ipynb #c09ada86
 def opt(default=None, # value when not given; None: decided later
         choices=None, # allowed values: a tuple or a `Registry`
         least=None, # smallest allowed value
@@ -63,7 +63,7 @@ def on_off(text): # True or False
     if str(text).lower() not in words: raise ValueError(text)
     return words[str(text).lower()]
 
-# %% ../nbs/17_config.ipynb #735458d7
+# %% ../nbs/17_config.ipynb #e3536f73
 class Parser(argparse.ArgumentParser):
     "An `ArgumentParser` that raises `UserError` and suggests the option that was meant."
     def error(self, message): raise UserError(f'{message}; see {self.prog} --help') from None
@@ -124,7 +124,7 @@ def check_options(config, # a dataclass whose fields are made by `opt`
         raise UserError(f'unknown option {k}{did_you_mean(k, fields)}')
     return {k: check_option(fields[k], v) for k,v in options.items() if v is not None}
 
-# %% ../nbs/17_config.ipynb #2ef2b7f1
+# %% ../nbs/17_config.ipynb #70f22caa
 @dataclass
 class Config:
     "Train a Diffusion Transformer on a folder of images, or on the built-in digits."
@@ -179,7 +179,7 @@ class Config:
     device: str = opt('auto', free=True) # auto, cpu, cuda, cuda:1, mps
     plugin: str|None = opt(free=True) # Python modules to import first, comma-separated
 
-# %% ../nbs/17_config.ipynb #442a3886
+# %% ../nbs/17_config.ipynb #2d89b424
 CHANGEABLE = {f.name for f in dataclasses.fields(Config) if f.metadata['free']}     # may change on resume
 
 RECIPES = {                                         # options of named datasets that differ from the defaults
@@ -198,7 +198,7 @@ def make_config(given, # options that the user gave
     known = {f.name for f in dataclasses.fields(Config)}
     return Config(**({k: v for k,v in stored.items() if k in known} | given))
 
-# %% ../nbs/17_config.ipynb #e246d497
+# %% ../nbs/17_config.ipynb #37c671b8
 @dataclass
 class SampleConfig:
     "Sample images from a checkpoint."
@@ -251,7 +251,7 @@ class CocoConfig:
     base_url: str = opt('https://images.cocodataset.org') # address of a mirror
     keep_zips: bool = opt(False) # keep the archives after unpacking
 
-# %% ../nbs/17_config.ipynb #d71c2982
+# %% ../nbs/17_config.ipynb #2be21fcf
 COMMANDS = {'train': (Config, 'interrupted; continue with --resume auto'), 'sample': (SampleConfig, 'interrupted'),
             'latents': (LatentsConfig, 'interrupted; run the same command again to continue'),
             'coco': (CocoConfig, 'interrupted; run the same command again to continue')}

@@ -124,15 +124,20 @@ class Metrics:
         self.sums, self.count = {}, torch.zeros_like(self.count)
         return means | dict(skipped=round(skipped/dist.world))
 
-    def state_dict(self): # dict of tensors
-        "For the checkpoint."
-        return dict(sums=dict(self.sums), **{k: getattr(self, k) for k in ('count','skipped','row','worst_row')})
+    def state_dict(self, dist): # dict of plain values and tensors
+        "For the checkpoint: the sums of every rank, since each has seen other samples."
+        sums = dist.gather([{k: v.item() for k,v in self.sums.items()}])
+        return dict(sums=sums, **{k: getattr(self, k) for k in ('count', 'skipped', 'row', 'worst_row')})
 
-    def load_state_dict(self, state): # from `state_dict`
+    def load_state_dict(self, state, # from `state_dict`
+                        dist, # the processes of this start
+                       ):
         "Continue as if the run had not been interrupted."
         if 'sums' not in state: return                              # a checkpoint of the first edition: start new means
-        self.sums = {k: v.to(self.device, copy=True) for k,v in state['sums'].items()}
-        for k in ('count','skipped','row','worst_row'): setattr(self, k, state[k].to(self.device, copy=True))
+        parts = state['sums']
+        mine = parts[dist.rank:dist.rank+1] if len(parts)==dist.world else parts        # other ranks: the mean
+        self.sums = {k: torch.tensor(sum(p[k] for p in mine)/len(mine), device=self.device) for k in parts[0]}
+        for k in ('count', 'skipped', 'row', 'worst_row'): setattr(self, k, state[k].to(self.device, copy=True))
 
 # %% ../nbs/11_training.ipynb #d8e72578
 class Trainer:
@@ -283,7 +288,7 @@ class Trainer:
         model, opt = get_state_dict(self.model, self.opt, options=o)
         scaler = self.scaler.state_dict() if self.scaler else None
         return dict(model=model, ema=get_model_state_dict(self.ema, options=o), opt=opt, scaler=scaler,
-                    meter=self.metrics.state_dict(), train_steps=self.step, bad_files=dict(self.bad_files))
+                    meter=self.metrics.state_dict(self.dist), train_steps=self.step, bad_files=dict(self.bad_files))
 
     def load_state_dict(self, ckpt, # from `state_dict`
                         name='checkpoint', # what to call it in messages
@@ -299,7 +304,7 @@ class Trainer:
             set_state_dict(self.model, self.opt, model_state_dict=ckpt['model'], optim_state_dict=opt, options=o)
             set_model_state_dict(self.ema, ckpt['ema'], options=o)
             if self.scaler and ckpt.get('scaler'): self.scaler.load_state_dict(ckpt['scaler'])
-            self.metrics.load_state_dict(ckpt.get('meter', {}))
+            self.metrics.load_state_dict(ckpt.get('meter', {}), self.dist)
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as e:
             raise UserError(f'{name} cannot be resumed: {type(e).__name__}: {str(e)[:200]}') from None
         for s in self.opt.state.values():                           # own the moments, not views of the file
