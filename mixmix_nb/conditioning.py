@@ -41,7 +41,7 @@ class TimestepEmbedder(nn.Module):
 # %% ../nbs/03_conditioning.ipynb #ed0bc57a
 class Conditioner(nn.Module):
     """What a model is conditioned on: a module inside the model that turns `cond` (class labels, text, …) into one
-    vector per sample. Subclasses define `forward` and `null`; the inherited `drop` works for any `cond` that is a tensor."""
+    vector per sample. Subclasses define `forward` and `null`; the inherited `drop` works for any tensor `cond`."""
     dropout_prob = 0.   # fraction of samples that training drops; with 0 there is no null
 
     def forward(self, cond, # conditioning of B samples; for labels an int tensor, (B,)

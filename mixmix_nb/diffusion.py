@@ -30,7 +30,7 @@ PREDICTIONS = ('eps', 'x0', 'v')
 
 # %% ../nbs/06_diffusion.ipynb #d0e4dcdf
 Estimate = namedtuple('Estimate', 'x0 eps var_frac', defaults=(None,))
-Estimate.__doc__ = 'What a network believes: the clean image, the noise, and, if learned, where the log variance lies (0 to 1).'
+Estimate.__doc__ = 'What a network believes: the clean image, the noise, and, if learned, the log variance (0 to 1).'
 
 def expand(a, # one number per sample, (B,)
            x, # the tensor to multiply, (B,...)
@@ -39,7 +39,7 @@ def expand(a, # one number per sample, (B,)
     return a.reshape(-1, *[1]*(x.ndim-1))
 
 class Objective:
-    "What is trained, and what sampling needs to know of it. Timesteps mean what the objective says; samplers only pass them on."
+    "What is trained, and what sampling needs to know of it. Samplers only pass timesteps on."
     prediction, learn_sigma = 'eps', False          # learn_sigma: the network gives 2·C channels
     def loss(self, model, # (x, t, cond) → prediction
              x, # clean images, (B,C,H,W)
@@ -70,9 +70,11 @@ class Diffusion(Objective):
     def __init__(self, betas=None, # variance added by each step, (T,), in (0,1); `linear_betas()` by default
                  prediction='eps', # what the network predicts: `eps`, `x0` or `v`
                 ):
-        if prediction not in PREDICTIONS: raise ValueError(f'prediction must be one of {PREDICTIONS}, got {prediction!r}')
+        if prediction not in PREDICTIONS:
+            raise ValueError(f'prediction must be one of {PREDICTIONS}, got {prediction!r}')
         b = linear_betas() if betas is None else torch.as_tensor(betas).cpu().double()
-        if not ((b>0)&(b<1)).all(): raise ValueError(f'every β must lie between 0 and 1, got {b.min():g} to {b.max():g}')
+        if not ((b>0)&(b<1)).all():
+            raise ValueError(f'every β must lie between 0 and 1, got {b.min():g} to {b.max():g}')
         self.betas, self.prediction, self.T = b, prediction, len(b)
         abar = (1-b).cumprod(0)                                     # ᾱ_t, DDPM eq. 4
         self.tables64, self.cache = dict(abar=abar, alpha=abar.sqrt(), sigma=(1-abar).sqrt()), {}
@@ -98,7 +100,8 @@ class Diffusion(Objective):
                  noise, # standard normal, of the same shape
                 ): # noisy images, (B,C,H,W)
         "x_t in one step (DDPM eq. 4). Raises `ValueError` if noise and images differ in shape."
-        if noise.shape!=x0.shape: raise ValueError(f'noise of shape {tuple(noise.shape)} for images of {tuple(x0.shape)}')
+        if noise.shape!=x0.shape:
+            raise ValueError(f'noise of shape {tuple(noise.shape)} for images of {tuple(x0.shape)}')
         a, s = (expand(v, x0) for v in self.alpha_sigma(t, x0.dtype))
         return a*x0 + s*noise
 
@@ -142,7 +145,8 @@ class Diffusion(Objective):
         t = self.sample_t(rand.t)
         xt = self.q_sample(x, t, rand.noise)
         out = model(xt, t, cond).to(xt.dtype)
-        if out.shape!=x.shape: raise ValueError(f'the network gives {tuple(out.shape[1:])} for images of {tuple(x.shape[1:])}')
+        if out.shape!=x.shape:
+            raise ValueError(f'the network gives {tuple(out.shape[1:])} for images of {tuple(x.shape[1:])}')
         mse = (self.target(x, rand.noise, t)-out).pow(2).flatten(1).mean(1)
         return dict(loss=mse, mse=mse)
 

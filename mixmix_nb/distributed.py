@@ -25,7 +25,7 @@ class Distributed(SingleProcess):
         timeout = timedelta(seconds=float(os.environ.get('MIXMIX_TIMEOUT', 600)))
         if not dist.is_initialized():
             store, _, _ = next(rendezvous('env://', timeout=timeout))
-            if os.environ.get('GROUP_WORLD_SIZE', '1')=='1':        # torchrun keeps the addresses of processes that died
+            if os.environ.get('GROUP_WORLD_SIZE', '1')=='1':        # torchrun keeps addresses of processes that died
                 store = dist.PrefixStore(f'start {os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)}', store)
             dist.init_process_group('nccl' if device.type=='cuda' else 'gloo', store=store, rank=self.rank,
                                     world_size=self.world, timeout=timeout)

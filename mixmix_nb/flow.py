@@ -11,11 +11,12 @@ from .diffusion import PREDICTIONS, Estimate, Objective, expand
 
 # %% ../nbs/09_flow.ipynb #692c7fba
 class Flow(Objective):
-    "Flow matching on straight paths x_t = (1−t)·x_0 + t·ε (Lipman et al. 2023, Liu et al. 2023): t=0 is data, t=1 is noise."
+    "Flow matching on straight paths x_t = (1−t)·x_0 + t·ε (Lipman et al. 2023, Liu et al. 2023); t=1 is noise."
     def __init__(self, prediction='v', # what the network predicts: the velocity `v` = ε − x_0, `eps` or `x0`
                  shift=1., # above 1, sampling spends more steps at high noise
                 ):
-        if prediction not in PREDICTIONS: raise ValueError(f'prediction must be one of {PREDICTIONS}, got {prediction!r}')
+        if prediction not in PREDICTIONS:
+            raise ValueError(f'prediction must be one of {PREDICTIONS}, got {prediction!r}')
         if shift<=0: raise ValueError(f'shift must be positive, got {shift}')
         self.prediction, self.shift = prediction, shift
 
@@ -40,7 +41,8 @@ class Flow(Objective):
         "Mean squared error of the prediction at a uniform time."
         a, s = (expand(v, x) for v in self.alpha_sigma(rand.t, x.dtype))
         out = model(a*x+s*rand.noise, 1000*rand.t, cond).to(x.dtype)
-        if out.shape!=x.shape: raise ValueError(f'the network gives {tuple(out.shape[1:])} for images of {tuple(x.shape[1:])}')
+        if out.shape!=x.shape:
+            raise ValueError(f'the network gives {tuple(out.shape[1:])} for images of {tuple(x.shape[1:])}')
         mse = (self.target(x, rand.noise)-out).pow(2).flatten(1).mean(1)
         return dict(loss=mse, mse=mse)
 
@@ -58,7 +60,8 @@ class Flow(Objective):
 
     def timesteps(self, steps): # steps+1 times from 1 to 0
         "Evenly spaced times, shifted: t → shift·t/(1+(shift−1)·t) (Esser et al. 2024, eq. 23)."
-        if not str(steps).isdecimal() or int(steps)<1: raise ValueError(f'sampling steps must be a positive integer, got {steps!r}')
+        if not str(steps).isdecimal() or int(steps)<1:
+            raise ValueError(f'sampling steps must be a positive integer, got {steps!r}')
         n = int(steps)
         times = [1-i/n for i in range(n+1)]
         return [self.shift*t/(1+(self.shift-1)*t) for t in times]

@@ -40,7 +40,7 @@ def discretized_log_likelihood(x, # images, (B,C,H,W) in [-1,1], 256 levels
 
 # %% ../nbs/07_likelihood.ipynb #2d1b37a0
 class LearnedVariance(Diffusion):
-    "Diffusion whose reverse variance is learned between its two bounds (Nichol & Dhariwal 2021): the network gives 2·C channels."
+    "Diffusion whose reverse variance is learned (Nichol & Dhariwal 2021): the network gives 2·C channels."
     learn_sigma = True
     def __init__(self, betas=None, # variance added by each step, (T,), in (0,1)
                  prediction='eps', # what the first C channels predict: `eps`, `x0` or `v`
@@ -50,7 +50,8 @@ class LearnedVariance(Diffusion):
         prev = torch.cat([torch.ones_like(abar[:1]), abar[:-1]])    # ᾱ_{t−1}
         post = b*(1-prev)/(1-abar)                                  # β̃_t, DDPM eq. 7
         log_post = torch.cat([post[1:2] if len(post)>1 else b, post[1:]]).log()     # at t=0 β̃ is 0: take the next one
-        self.tables64 |= dict(posterior_mean_coef1=b*prev.sqrt()/(1-abar), posterior_mean_coef2=(1-prev)*(1-b).sqrt()/(1-abar),
+        self.tables64 |= dict(posterior_mean_coef1=b*prev.sqrt()/(1-abar),
+                              posterior_mean_coef2=(1-prev)*(1-b).sqrt()/(1-abar),
                               log_posterior=log_post, log_beta=b.log())
 
     def q_posterior(self, x0, # clean images, (B,C,H,W)
@@ -76,7 +77,7 @@ class LearnedVariance(Diffusion):
                  xt, # noisy images, (B,C,H,W)
                  t, # timesteps, (B,)
                 ): # bits per dimension, (B,)
-        "A term of the variational bound: KL to the true posterior; at t=0 the decoder's negative log-likelihood (DDPM eq. 5)."
+        "A term of the variational bound: KL to the true posterior; at t=0 the negative log-likelihood (DDPM eq. 5)."
         mean, log_var = self.q_posterior(x0, xt, t)
         p_mean, p_log_var = self.p_mean_variance(out, xt, t)
         kl = mean_flat(normal_kl(mean, log_var, p_mean, p_log_var))
@@ -88,11 +89,12 @@ class LearnedVariance(Diffusion):
              cond, # conditioning, or None
              rand, # random numbers: `t`, `noise`
             ): # dict of (B,): `loss`, `mse`, `vb` in bits
-        "MSE of the prediction, plus the bound for the variance alone: its mean is detached (Nichol & Dhariwal 2021, eq. 16)."
+        "MSE of the prediction, plus the bound for the variance alone, mean detached (Nichol & Dhariwal 2021, eq. 16)."
         t = self.sample_t(rand.t)
         xt = self.q_sample(x, t, rand.noise)
         out = model(xt, t, cond).to(xt.dtype)
-        if out.shape[1]!=2*x.shape[1]: raise ValueError(f'a learned variance needs {2*x.shape[1]} channels, got {out.shape[1]}')
+        if out.shape[1]!=2*x.shape[1]:
+            raise ValueError(f'a learned variance needs {2*x.shape[1]} channels, got {out.shape[1]}')
         pred, v = out.chunk(2, 1)
         mse = mean_flat((self.target(x, rand.noise, t)-pred)**2)
         vb = self.vb_terms(torch.cat([pred.detach(), v], 1), x, xt, t)

@@ -159,7 +159,8 @@ def make_decoder(facts, # of the checkpoint
     v, shape = load_vae(vae or facts['vae'], device), tuple(facts['shape'])
     size = v.latent_size(facts['image_size'])
     if (v.channels, size, size)!=shape:
-        raise UserError(f'the latents of {v.name} are {v.channels}×{size}×{size}, those of this model {"×".join(map(str, shape))}')
+        ours = '×'.join(map(str, shape))
+        raise UserError(f'the latents of {v.name} are {v.channels}×{size}×{size}, those of this model {ours}')
     return v.decode
 
 # %% ../nbs/18_sample.ipynb #9d546f33
@@ -168,7 +169,8 @@ def output_path(out, # as given
                ): # a path that can be written
     "Where the images go; a grid's name ends in .png. Raises `UserError` if that is not possible."
     out = Path(out).expanduser()
-    if each and out.suffix.lower() in ('.png', '.jpg', '.jpeg'): raise UserError(f'--each writes a folder, but --out is {out}')
+    if each and out.suffix.lower() in ('.png', '.jpg', '.jpeg'):
+        raise UserError(f'--each writes a folder, but --out is {out}')
     if not each and out.suffix.lower()!='.png': out = out.with_name(out.name+'.png')
     there = next(p for p in (out, *out.absolute().parents) if p.exists())
     wrong = out.is_dir()!=bool(each) if out.exists() else not there.is_dir()
@@ -265,7 +267,8 @@ def render_row(model, # a `DiT`
     "Images of one class side by side."
     from PIL import Image
     cond = None
-    if model.y_embedder: cond = torch.full((n,), label) if label is not None else preview_labels(facts['num_classes'], n, 0)
+    if model.y_embedder:
+        cond = torch.full((n,), label) if label is not None else preview_labels(facts['num_classes'], n, 0)
     batches = generate(build_objective(trained), model, cond, ids=range(n), shape=tuple(facts['shape']), seed=seed,
                        conditioner=model.y_embedder, sampler='ddim', steps=steps, cfg_scale=guidance,
                        clip=facts['vae']=='none', device=model.pos_embed.device)

@@ -86,7 +86,7 @@ def ddim(objective, # an `Objective`
          bar=False, # show progress
          callback=None, # called as callback(i, x, x0) after step i
         ): # images, (B,C,H,W)
-    "Follow the estimated noise (Song et al. 2021, eq. 12 and 16); for a flow this is Euler's method. Raises `ValueError` for other `eta`."
+    "Follow the estimated noise (Song et al. 2021, eq. 12, 16); for a flow, Euler's method. Raises `ValueError`."
     if not 0<=eta<=1: raise ValueError(f'eta must be from 0 to 1, got {eta}')
     x = noise()
     for i,t,s,net in walk(objective, model, steps, bar):
@@ -134,8 +134,8 @@ def guided(model, # (x, t, cond) → prediction (B,C',H,W)
            in_channels=None, # C, if it is not the channels of x
            interval=None, # (lo, hi): guide only at timesteps lo ≤ t < hi of the objective; None: always
           ): # (x, t, cond) → prediction
-    """Classifier-free guidance (Ho & Salimans 2022), both halves in one batch; a learned variance comes from the conditional one.
-    Outside of `interval` the unconditional half is not computed. Raises `UserError` if there is no null to guide away from."""
+    """Classifier-free guidance (Ho & Salimans 2022), both halves in one batch; the variance is the conditional one's.
+    Outside of `interval` the unconditional half is not computed. Raises `UserError` if there is no null."""
     if scale==1: return model
     if conditioner is None or not conditioner.dropout_prob:
         raise UserError(f'guidance scale {scale:g} needs a model that was trained with dropped labels; use scale 1')
