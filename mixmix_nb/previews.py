@@ -77,7 +77,9 @@ def plot_curves(rows, # from `MetricsFile.read`
     others = {*COLUMNS, 'val_loss', 'grad_norm', 'skipped', 'lr', 'images_per_sec', 'mfu', 'peak_memory_mb',
               'bad_files'}
     parts = [k for k in rows[-1] if k not in others]
-    for ax,keys in zip(fig.subplots(1, 3), (('loss', 'val_loss'), parts, ('grad_norm',))):
+    panels = [('loss', 'val_loss'), *([parts] if len(parts)>1 else []), ('grad_norm',)]      # one part is the loss itself
+    panels = [[k for k in keys if any(k in r for r in rows)] for keys in panels]
+    for ax,keys in zip(fig.subplots(1, len(panels)), panels):
         for k in keys:
             points = [(r['step'], r[k]) for r in rows if math.isfinite(r.get(k, math.nan))]
             if points: ax.plot(*zip(*points), label=k, marker='.' if len(points)<30 else '')

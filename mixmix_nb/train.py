@@ -197,7 +197,7 @@ def make_callbacks(config, # a `Config`
     "Everything that happens around training steps, in order."
     every, device = config.ckpt_every, trainer.device
     peak = peak_flops(device, choose_precision(config.mixed_precision, device))
-    macs = num_macs(trainer.model) if peak else 0
+    with torch.device('meta'): macs = num_macs(build_model(config, facts)) if peak else 0      # the plain model
     used = (lambda speed: mfu(macs, speed/trainer.dist.world, peak)) if peak else None
     decode, n = None, config.num_sample_images
     if facts['vae']!='none' and n:
