@@ -66,8 +66,14 @@ def on_off(text): # True or False
 # %% ../nbs/17_config.ipynb #e3536f73
 class Parser(argparse.ArgumentParser):
     "An `ArgumentParser` that raises `UserError` and suggests the option that was meant."
-    def error(self, message): raise UserError(f'{message}; see {self.prog} --help') from None
-    def parse_args(self, args=None, namespace=None):
+    def error(self, message): # what argparse has to say
+        "Raise `UserError`."
+        raise UserError(f'{message}; see {self.prog} --help') from None
+
+    def parse_args(self, args=None, # words of the command line; None: `sys.argv`
+                   namespace=None, # what to add to
+                  ): # a namespace
+        "Parse, and suggest the option that was meant."
         known, extra = self.parse_known_args(args, namespace)
         if extra:
             name = extra[0].split('=')[0]

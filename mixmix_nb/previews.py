@@ -21,14 +21,14 @@ def generate(objective, # an `Objective`
              ids, # numbers of the images, N integers: image i depends on (seed, i) alone
              shape, # shape of what the model samples, (C,H,W)
              conditioner=None, # the model's `Conditioner`, for guidance
-             seed=0,
+             seed=0, # of the noise
              sampler='ddpm', # a key of `SAMPLERS`
              steps='250', # sampling steps
              cfg_scale=1., # guidance scale; 1: none
              channels=None, # guide the first n channels only; None: all
              batch=64, # images at a time
              clip=True, # clip estimates of x0 to [-1,1]: for pixels
-             device='cpu',
+             device='cpu', # where to sample
              bar=False, # show progress
              **options, # the sampler's own options
             ): # yields ids and images (B,C,H,W)
@@ -77,7 +77,8 @@ def plot_curves(rows, # from `MetricsFile.read`
     others = {*COLUMNS, 'val_loss', 'grad_norm', 'skipped', 'lr', 'images_per_sec', 'mfu', 'peak_memory_mb',
               'bad_files'}
     parts = [k for k in rows[-1] if k not in others]
-    panels = [('loss', 'val_loss'), *([parts] if len(parts)>1 else []), ('grad_norm',)]      # one part is the loss itself
+    panels = [('loss', 'val_loss'), ('grad_norm',)]
+    if len(parts)>1: panels.insert(1, parts)                        # one part alone is the loss itself
     panels = [[k for k in keys if any(k in r for r in rows)] for keys in panels]
     for ax,keys in zip(fig.subplots(1, len(panels)), panels):
         for k in keys:

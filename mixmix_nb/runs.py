@@ -341,7 +341,8 @@ class StopOnSignal(Callback):
     def after_fit(self, trainer): # a `Trainer`
         "Say how to continue."
         if trainer.stop and not trainer.done:
-            self.run.log(f'stopped by {self.signal or "another rank or an error"} at step {trainer.step} of {trainer.steps}; '
+            by = self.signal or 'another rank or an error'
+            self.run.log(f'stopped by {by} at step {trainer.step} of {trainer.steps}; '
                          f'continue with --resume {self.run.path}')
 
 # %% ../nbs/12_runs.ipynb #d33761b2

@@ -260,7 +260,7 @@ def render_row(model, # a `DiT`
                label=None, # class of all images; None: each in turn
                guidance=1.5, # scale; 1: none
                steps=25, # of DDIM
-               seed=0,
+               seed=0, # of the noise
                n=8, # images
                decode=None, # latents → images
               ): # a PIL image
