@@ -47,8 +47,9 @@ export MASTER_ADDR MASTER_PORT
 # SLURM signals this script before the time is up (USR1) and when it wants the nodes (TERM);
 # the trainer then finishes its step, writes a checkpoint and exits with status 75.
 trap 'scancel --signal=USR1 "$SLURM_JOB_ID"' USR1 TERM
+# When one has ended, stopped or dead, the others have a minute to end by themselves.
 # shellcheck disable=SC2016 # expanded in each task
-srun --nodes="$nodes" --ntasks="$WORLD_SIZE" --ntasks-per-node="$per_node" --cpus-per-task="$cpus" --kill-on-bad-exit=1 \
+srun --nodes="$nodes" --ntasks="$WORLD_SIZE" --ntasks-per-node="$per_node" --cpus-per-task="$cpus" --kill-on-bad-exit=0 --wait=60 \
   bash -c 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID exec python -m mixmix_nb.train "$@"' train "${train[@]}" &
 wait $!; status=$?
 while kill -0 $! 2>/dev/null; do wait $!; status=$?; done       # a signal interrupts `wait`, not the run
