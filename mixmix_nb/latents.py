@@ -132,6 +132,7 @@ def is_whole(path, # a shard
 def encode_shard(data, # a dataset of images
                  vae, # a `VAE`
                  m, # the manifest
+                 folder, # of the cache
                  k, # which shard
                  *,
                  batch=16, # images at a time
@@ -151,10 +152,9 @@ def encode_shard(data, # a dataset of images
         labels.append(cond)
         names += bad
         if between: between()
-    tensors, path = dict(moments=torch.cat(moments), cond=torch.cat(labels)), shard_path(m['folder'], k)
+    tensors, path = dict(moments=torch.cat(moments), cond=torch.cat(labels)), shard_path(folder, k)
     tmp = path.with_suffix('.tmp')
-    note = json.dumps({k: v for k,v in m.items() if k!='folder'}, sort_keys=True)
-    save_file(tensors, tmp, metadata=dict(mixmix=note))
+    save_file(tensors, tmp, metadata=dict(mixmix=json.dumps(m, sort_keys=True)))
     with open(tmp, 'rb+') as f: os.fsync(f.fileno())
     os.replace(tmp, path)
     return names
@@ -171,7 +171,7 @@ def encode(data, # a dataset of images
            shard_size=4096, # images per file
            between=None, # called after each batch, e.g. to stop at a signal
           ): # the folder
-    """Encode a dataset once: rank r of W encodes shards r, r+W, …; complete shards are kept. The index is written last.
+    """Encode a dataset once: rank r of W encodes every W-th shard that is missing. The index is written last.
     Raises `UserError` if the folder holds something else or the disk is too small."""
     flip = data.info.flip if flip is None else flip
     m, folder = manifest(data, vae, flip=flip, mean_only=mean_only, shard_size=shard_size), Path(out).expanduser()
@@ -194,7 +194,7 @@ def encode(data, # a dataset of images
     todo, who = left[rank()::world_size()], f' of rank {rank()}' if world_size()>1 else ''
     for n,k in enumerate(progress(todo)):
         start = time.perf_counter()
-        bad = encode_shard(data, vae, m | dict(folder=folder), k, batch=batch, workers=workers, between=between)
+        bad = encode_shard(data, vae, m, folder, k, batch=batch, workers=workers, between=between)
         speed = size(k)/(time.perf_counter()-start)
         if not sys.stdout.isatty(): print(f'encoded shard {n+1} of {len(todo)}{who}, {speed:.1f} images/s', flush=True)
         for b in bad: print(f'unreadable file, the next one is used instead: {b}', flush=True)

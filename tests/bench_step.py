@@ -6,10 +6,11 @@ OLD is the package's folder in a checkout of the first edition: `git worktree ad
 `/tmp/old/mixmix_nb`. Both do the same work: random numbers, forward, bound of the variance, backward, fused AdamW, EMA.
 Peak memory is that of a process of its own for each, on a GPU of what PyTorch allocated there.
 """
-import argparse, importlib.util, platform, resource, statistics, subprocess, sys, time
+import argparse, importlib.util, platform, resource, statistics, subprocess, sys
 from functools import partial
 from pathlib import Path
 import torch
+from torch.utils.benchmark import timer
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument('old', help='folder of the old package')
@@ -46,12 +47,10 @@ def make_old(precision): # the same in the first edition
     stream = data.batches(0, args.batch, 0, 10**6)
     return lambda: trainer.train_step(*next(stream)[:2])
 
-def seconds(step): # how long one call takes
-    if device.type=='cuda': torch.cuda.synchronize()
-    start = time.perf_counter()
+def seconds(step): # how long one call takes, on a GPU too
+    start = timer()
     step()
-    if device.type=='cuda': torch.cuda.synchronize()
-    return time.perf_counter()-start
+    return timer()-start
 
 def peak_mb(which, precision): # of three steps in a process of their own
     command = [sys.executable, __file__, *sys.argv[1:], '--only', which, precision]
