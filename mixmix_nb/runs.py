@@ -265,7 +265,7 @@ class Logger(Callback):
               ):
         "Write a row to log, metrics.csv and trackers; what fails is logged and training continues."
         notes = ''.join(f'  {k} {row[k]:.4f}' for k in row if k.startswith('val_') or k in METRICS)
-        if row.get('mfu'): notes += f'  {row["mfu"]:.0%} of peak'
+        if (row.get('mfu') or 0)>=.01: notes += f'  {row["mfu"]:.0%} of peak'
         if row.get('skipped'): notes += f'  skipped {row["skipped"]}'
         loss, speed = row.get('loss', math.nan), row['images_per_sec']
         self.run.log(f'step {row["step"]:7d}/{trainer.steps}  epoch {row["epoch"]:.2f}  loss {loss:.4f}  '

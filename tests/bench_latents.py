@@ -49,14 +49,14 @@ torch.manual_seed(0)
 vae = load_vae(args.vae, device) if args.vae else random_vae()
 n = 2*args.batch
 images = TensorData(torch.randint(0, 256, (n, 3, args.size, args.size), dtype=torch.uint8), torch.arange(n),
-                    DataInfo('random', (3, args.size, args.size), [str(i) for i in range(1000)], flip=True)).to(device)
+                    DataInfo('random', (3, args.size, args.size), [str(i) for i in range(1000)], flip=True))
 name = torch.cuda.get_device_name(device) if device.type=='cuda' else platform.processor() or platform.machine()
 print(f'{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, batch {args.batch}, {args.rounds} rounds')
 with tempfile.TemporaryDirectory() as folder:
     start = time.perf_counter()
     cache = open_cache(encode(images, vae, folder, batch=args.batch))
     print(f'encoded {n} images and their mirror images: {n/(time.perf_counter()-start):.2f} images/s')
-    steps = {'in the loop': make_step(EncodedData(images, vae)), 'cache on the disk': make_step(cache),
+    steps = {'in the loop': make_step(EncodedData(images.to(device), vae)), 'cache on the disk': make_step(cache),
              'cache in memory': make_step(cache.in_memory(device, 2**31))}
     for step in steps.values(): step()                                  # warm up
     rounds = [{k: seconds(step) for k,step in steps.items()} for _ in range(args.rounds)]

@@ -4,7 +4,7 @@ import numpy as np, pytest, torch
 from PIL import Image, PngImagePlugin
 from sklearn.datasets import load_sample_images
 from conftest import child_env
-from mixmix_nb import data as D
+from mixmix_nb import data as D, images as I
 from mixmix_nb.core import RunError, UserError
 
 def adm(im, size): # the recipe of Dhariwal & Nichol (2021), int (size,size,3)
@@ -17,7 +17,7 @@ def adm(im, size): # the recipe of Dhariwal & Nichol (2021), int (size,size,3)
 def test_the_crop_is_adms(tmp_path, w, h):
     Image.fromarray(load_sample_images().images[0]).resize((w, h), Image.LANCZOS).save(tmp_path/'x.jpg', quality=92)
     for size in (32, 64, 256):
-        got = D.read_image(tmp_path/'x.jpg', size).permute(1, 2, 0).numpy()
+        got = I.read_image(tmp_path/'x.jpg', size).permute(1, 2, 0).numpy()
         assert abs(got-adm(Image.open(tmp_path/'x.jpg').convert('RGB'), size)).max()<=3, size
 
 def test_what_pillow_reads_is_read(tmp_path):
@@ -26,7 +26,7 @@ def test_what_pillow_reads_is_read(tmp_path):
     notes.add_text('prompt', 'a'*(3<<20), zip=True)                     # beyond Pillow's limit for attackers
     for ext in ('jpg', 'JPEG', 'png', 'webp', 'bmp', 'tga', 'tiff', 'jp2', 'gif', 'ppm'): red.save(tmp_path/'a'/f'{ext}.{ext}')
     red.save(tmp_path/'a'/'long.png', pnginfo=notes)
-    data = D.FolderData(tmp_path, 16)
+    data = I.FolderData(tmp_path, 16)
     assert len(data)==11
     for i in range(11): assert (data[i][0].float().mean((1, 2))-torch.tensor([255., 0, 0])).abs().max()<4, data.name_of(i)
 
@@ -34,8 +34,8 @@ def test_what_pillow_reads_is_read(tmp_path):
                                          (np.int32(65535), 255), (np.int32(70000), None), (np.int32(200), None), (np.float32('nan'), None)])
 def test_grey_levels(tmp_path, levels, want): # None: rejected with the reason, since nobody knows what was meant
     Image.fromarray(np.full((8, 8), levels)).save(tmp_path/'x.tiff')
-    if want is not None: assert D.read_image(tmp_path/'x.tiff', 8).unique().tolist()==[want]
-    else: assert 'x.tiff (ValueError: grey levels from' in D.Readable(D.FolderData(two(tmp_path), 8))[1][2][0]
+    if want is not None: assert I.read_image(tmp_path/'x.tiff', 8).unique().tolist()==[want]
+    else: assert 'x.tiff (ValueError: grey levels from' in D.Readable(I.FolderData(two(tmp_path), 8))[1][2][0]
 
 def two(folder): # the folder, with one sound image more
     Image.new('RGB', (9, 9)).save(folder/'a.png')
@@ -45,15 +45,15 @@ def test_folders(tmp_path):
     for path in ('x/train2017', 'x/val2017', 'y/cat/deep', 'y/__MACOSX', 'y/.hidden', 'y/dog'): (tmp_path/path).mkdir(parents=True)
     for path in ('x/train2017', 'x/val2017', 'y/cat', 'y/cat/deep', 'y/__MACOSX', 'y/.hidden'): two(tmp_path/path)
     (tmp_path/'x'/'annotations').mkdir()
-    with pytest.raises(UserError, match=r'choose one: .*/x/train2017'): D.FolderData(tmp_path/'x', 8)
+    with pytest.raises(UserError, match=r'choose one: .*/x/train2017'): I.FolderData(tmp_path/'x', 8)
     (tmp_path/'y'/'cat'/'deep'/'again').symlink_to(tmp_path/'y')         # a loop
     (tmp_path/'y'/'cat'/'gone.png').symlink_to('nowhere.png')
-    data = D.FolderData(tmp_path/'y', 8)
+    data = I.FolderData(tmp_path/'y', 8)
     assert data.info.classes==['cat', 'dog'] and data.files==['cat/a.png', 'cat/deep/a.png', 'cat/gone.png'] and data.notes==['classes without images: dog']
-    assert data.fingerprint()!=D.FolderData(tmp_path/'y'/'cat', 8).fingerprint() and data.info.flip
+    assert data.fingerprint()!=I.FolderData(tmp_path/'y'/'cat', 8).fingerprint() and data.info.flip
     Image.new('L', (9, 9)).save(tmp_path/'y'/'dog'/'grey.png')
     (tmp_path/'y'/'dog'/'a.raw').touch()
-    flat = D.FolderData(tmp_path/'y'/'dog', 8)
+    flat = I.FolderData(tmp_path/'y'/'dog', 8)
     assert flat.info.classes is None and not flat.info.flip and 'files left out: 1 .raw' in flat.notes
     part = pickle.loads(pickle.dumps(D.holdout(data, .4, 0)[0]))        # as workers are started on macOS
     assert len(part)==2 and part.name_of(0).endswith('.png')
@@ -98,7 +98,7 @@ def test_workers_are_honoured_by_one_loader(tmp_path, monkeypatch):
     monkeypatch.setattr(D, 'DataLoader', lambda *a, **kw: made.append(kw['num_workers']) or real(*a, **kw | dict(num_workers=0)))
     monkeypatch.setattr(os, 'sched_getaffinity', lambda _: range(8), raising=False)
     assert len(list(D.val_batches(Slow(), batch=4, workers=3)))==16 and made==[3]
-    for workers in (2, 0): D.in_memory(D.FolderData(two(tmp_path), 8), torch.device('cpu'), workers=workers)
+    for workers in (2, 0): D.in_memory(I.FolderData(two(tmp_path), 8), torch.device('cpu'), workers=workers)
     assert made==[3, 2, 0]
 
 def test_no_home(monkeypatch):
