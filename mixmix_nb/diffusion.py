@@ -9,6 +9,7 @@ __all__ = ['SCHEDULES', 'PREDICTIONS', 'Estimate', 'linear_betas', 'cosine_betas
 # %% ../nbs/06_diffusion.ipynb #90c75d8a
 import math, torch
 from collections import namedtuple
+from fastcore.basics import patch
 from itertools import accumulate
 
 # %% ../nbs/06_diffusion.ipynb #7d51f03e
@@ -105,64 +106,68 @@ class Diffusion(Objective):
         a, s = (expand(v, x0) for v in self.alpha_sigma(t, x0.dtype))
         return a*x0 + s*noise
 
-    def target(self, x0, # clean images, (B,C,H,W)
-               noise, # the noise that was added, (B,C,H,W)
+# %% ../nbs/06_diffusion.ipynb #22a75f42
+@patch
+def target(self:Diffusion, x0, # clean images, (B,C,H,W)
+           noise, # the noise that was added, (B,C,H,W)
+           t, # timesteps, (B,)
+          ): # (B,C,H,W)
+    "What the network should predict: ε, x_0, or v = √ᾱ·ε − √(1−ᾱ)·x_0 (Salimans & Ho 2022, section 4)."
+    if self.prediction=='eps': return noise
+    if self.prediction=='x0': return x0
+    a, s = (expand(v, x0) for v in self.alpha_sigma(t, x0.dtype))
+    return a*noise - s*x0
+
+@patch
+def predict_x0(self:Diffusion, out, # the network's prediction, (B,C,H,W)
+               xt, # noisy images, (B,C,H,W)
                t, # timesteps, (B,)
               ): # (B,C,H,W)
-        "What the network should predict: ε, x_0, or v = √ᾱ·ε − √(1−ᾱ)·x_0 (Salimans & Ho 2022, section 4)."
-        if self.prediction=='eps': return noise
-        if self.prediction=='x0': return x0
-        a, s = (expand(v, x0) for v in self.alpha_sigma(t, x0.dtype))
-        return a*noise - s*x0
+    "The clean image that a prediction implies."
+    if self.prediction=='x0': return out
+    a, s = (expand(v, xt) for v in self.alpha_sigma(t, xt.dtype))
+    return (xt-s*out)/a if self.prediction=='eps' else a*xt-s*out
 
-    def predict_x0(self, out, # the network's prediction, (B,C,H,W)
-                   xt, # noisy images, (B,C,H,W)
-                   t, # timesteps, (B,)
-                  ): # (B,C,H,W)
-        "The clean image that a prediction implies."
-        if self.prediction=='x0': return out
-        a, s = (expand(v, xt) for v in self.alpha_sigma(t, xt.dtype))
-        return (xt-s*out)/a if self.prediction=='eps' else a*xt-s*out
-
-    def predict_eps(self, x0, # clean images, (B,C,H,W)
-                    xt, # noisy images, (B,C,H,W)
-                    t, # timesteps, (B,)
-                   ): # (B,C,H,W)
-        "The noise that a clean image implies."
-        a, s = (expand(v, xt) for v in self.alpha_sigma(t, xt.dtype))
-        return (xt-a*x0)/s
-
-    def sample_t(self, u): # timesteps, (B,) integers
-        "Timesteps from uniform numbers in [0,1)."
-        return (u*self.T).long().clamp(max=self.T-1)
-
-    def loss(self, model, # (x, t, cond) → prediction, (B,C,H,W)
-             x, # clean images, (B,C,H,W) in [-1,1]
-             cond, # conditioning, or None
-             rand, # random numbers: `t`, `noise`
-            ): # dict of (B,): `loss`, `mse`
-        "Mean squared error of the prediction (DDPM eq. 14)."
-        t = self.sample_t(rand.t)
-        xt = self.q_sample(x, t, rand.noise)
-        out = model(xt, t, cond).to(xt.dtype)
-        if out.shape!=x.shape:
-            raise ValueError(f'the network gives {tuple(out.shape[1:])} for images of {tuple(x.shape[1:])}')
-        mse = (self.target(x, rand.noise, t)-out).pow(2).flatten(1).mean(1)
-        return dict(loss=mse, mse=mse)
-
-    def denoise(self, model, # (x, t, cond) → prediction
-                x, # noisy images, (B,C,H,W)
+@patch
+def predict_eps(self:Diffusion, x0, # clean images, (B,C,H,W)
+                xt, # noisy images, (B,C,H,W)
                 t, # timesteps, (B,)
-                cond=None, # conditioning
-               ): # an `Estimate`
-        "The clean image and the noise that the network's prediction implies."
-        out = model(x, t, cond).to(x.dtype)[:,:x.shape[1]]
-        x0 = self.predict_x0(out, x, t)
-        return Estimate(x0, self.predict_eps(x0, x, t))
+               ): # (B,C,H,W)
+    "The noise that a clean image implies."
+    a, s = (expand(v, xt) for v in self.alpha_sigma(t, xt.dtype))
+    return (xt-a*x0)/s
 
-    def timesteps(self, steps): # T'+1 numbers, the last is −1: the clean image
-        "The timesteps that sampling visits; see `space_timesteps`."
-        return [*reversed(space_timesteps(self.T, steps)), -1]
+# %% ../nbs/06_diffusion.ipynb #22d19bae
+@patch
+def sample_t(self:Diffusion, u): # timesteps, (B,) integers
+    "Timesteps from uniform numbers in [0,1)."
+    return (u*self.T).long().clamp(max=self.T-1)
+
+@patch
+def loss(self:Diffusion, model, # (x, t, cond) → prediction, (B,C,H,W)
+         x, # clean images, (B,C,H,W) in [-1,1]
+         cond, # conditioning, or None
+         rand, # random numbers: `t`, `noise`
+        ): # dict of (B,): `loss`, `mse`
+    "Mean squared error of the prediction (DDPM eq. 14)."
+    t = self.sample_t(rand.t)
+    xt = self.q_sample(x, t, rand.noise)
+    out = model(xt, t, cond).to(xt.dtype)
+    if out.shape!=x.shape:
+        raise ValueError(f'the network gives {tuple(out.shape[1:])} for images of {tuple(x.shape[1:])}')
+    mse = (self.target(x, rand.noise, t)-out).pow(2).flatten(1).mean(1)
+    return dict(loss=mse, mse=mse)
+
+@patch
+def denoise(self:Diffusion, model, # (x, t, cond) → prediction
+            x, # noisy images, (B,C,H,W)
+            t, # timesteps, (B,)
+            cond=None, # conditioning
+           ): # an `Estimate`
+    "The clean image and the noise that the network's prediction implies."
+    out = model(x, t, cond).to(x.dtype)[:,:x.shape[1]]
+    x0 = self.predict_x0(out, x, t)
+    return Estimate(x0, self.predict_eps(x0, x, t))
 
 # %% ../nbs/06_diffusion.ipynb #0bd261b2
 def space_timesteps(T, # timesteps of training
@@ -188,3 +193,8 @@ def evenly_spaced(size, # timesteps there are
     if not 1<=n<=size: raise ValueError(f'cannot take {n} of {size} timesteps')
     stride = (size-1)/(n-1) if n>1 else 1
     return [round(s) for s in accumulate([stride]*(n-1), initial=0.)]   # a running sum: rounds like the released code
+
+@patch
+def timesteps(self:Diffusion, steps): # T'+1 numbers, the last is −1: the clean image
+    "The timesteps that sampling visits; see `space_timesteps`."
+    return [*reversed(space_timesteps(self.T, steps)), -1]

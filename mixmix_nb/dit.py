@@ -26,7 +26,7 @@ class DiT(nn.Module):
                  depth=28, # number of blocks
                  num_heads=16, # attention heads
                  mlp_ratio=4., # hidden width of the MLPs, as a multiple of D
-                 class_dropout_prob=.1, # fraction of samples whose conditioning training drops; 0: no null
+                 class_dropout_prob=.1, # fraction of samples whose conditioning is dropped in training; 0: no null
                  num_classes=1000, # number of classes K; 0: unconditional
                  learn_sigma=True, # 2·C output channels: prediction and variance
                  mixer='attention', # token mixer, a key of `core.MIXERS`

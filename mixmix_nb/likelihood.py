@@ -7,6 +7,7 @@ __all__ = ['mean_flat', 'normal_kl', 'normal_cdf', 'discretized_log_likelihood',
 
 # %% ../nbs/07_likelihood.ipynb #ce04fc12
 import math, torch
+from fastcore.basics import patch
 from .diffusion import SCHEDULES, Diffusion, Estimate, expand
 
 # %% ../nbs/07_likelihood.ipynb #b16f804b
@@ -54,76 +55,85 @@ class LearnedVariance(Diffusion):
                               posterior_mean_coef2=(1-prev)*(1-b).sqrt()/(1-abar),
                               log_posterior=log_post, log_beta=b.log())
 
-    def q_posterior(self, x0, # clean images, (B,C,H,W)
+# %% ../nbs/07_likelihood.ipynb #4f15b54a
+@patch
+def q_posterior(self:LearnedVariance, x0, # clean images, (B,C,H,W)
+                xt, # noisy images, (B,C,H,W)
+                t, # timesteps, (B,)
+               ): # mean (B,C,H,W), log variance (B,1,1,1)
+    "q(x_{t−1}|x_t,x_0), the distribution of the step before if both ends are known (DDPM eq. 6 and 7)."
+    get = lambda name: expand(self.extract(name, t, xt.dtype), xt)
+    return get('posterior_mean_coef1')*x0 + get('posterior_mean_coef2')*xt, get('log_posterior')
+
+@patch
+def p_mean_variance(self:LearnedVariance, out, # the network's output, (B,2C,H,W)
                     xt, # noisy images, (B,C,H,W)
                     t, # timesteps, (B,)
-                   ): # mean (B,C,H,W), log variance (B,1,1,1)
-        "q(x_{t−1}|x_t,x_0), the distribution of the step before if both ends are known (DDPM eq. 6 and 7)."
-        get = lambda name: expand(self.extract(name, t, xt.dtype), xt)
-        return get('posterior_mean_coef1')*x0 + get('posterior_mean_coef2')*xt, get('log_posterior')
+                   ): # mean, log variance, each (B,C,H,W)
+    "The reverse step p(x_{t−1}|x_t) (DDPM eq. 11; variance: Nichol & Dhariwal 2021, eq. 15)."
+    pred, raw = out.chunk(2, 1)
+    frac = (raw+1)/2                                            # 0: the posterior's variance, 1: β
+    log_beta, log_post = (expand(self.extract(n, t, xt.dtype), xt) for n in ('log_beta', 'log_posterior'))
+    return self.q_posterior(self.predict_x0(pred, xt, t), xt, t)[0], frac*log_beta + (1-frac)*log_post
 
-    def p_mean_variance(self, out, # the network's output, (B,2C,H,W)
-                        xt, # noisy images, (B,C,H,W)
-                        t, # timesteps, (B,)
-                       ): # mean, log variance, each (B,C,H,W)
-        "The reverse step p(x_{t−1}|x_t) (DDPM eq. 11; variance: Nichol & Dhariwal 2021, eq. 15)."
-        pred, v = out.chunk(2, 1)
-        frac = (v+1)/2                                              # 0: the posterior's variance, 1: β
-        log_beta, log_post = (expand(self.extract(n, t, xt.dtype), xt) for n in ('log_beta', 'log_posterior'))
-        return self.q_posterior(self.predict_x0(pred, xt, t), xt, t)[0], frac*log_beta + (1-frac)*log_post
+@patch
+def vb_terms(self:LearnedVariance, out, # the network's output, (B,2C,H,W)
+             x0, # clean images, (B,C,H,W)
+             xt, # noisy images, (B,C,H,W)
+             t, # timesteps, (B,)
+            ): # bits per dimension, (B,)
+    "A term of the variational bound: KL to the true posterior; at t=0 the negative log-likelihood (DDPM eq. 5)."
+    mean, log_var = self.q_posterior(x0, xt, t)
+    p_mean, p_log_var = self.p_mean_variance(out, xt, t)
+    kl = mean_flat(normal_kl(mean, log_var, p_mean, p_log_var))
+    nll = -mean_flat(discretized_log_likelihood(x0, p_mean, p_log_var))
+    return torch.where(t==0, nll, kl)/math.log(2)
 
-    def vb_terms(self, out, # the network's output, (B,2C,H,W)
-                 x0, # clean images, (B,C,H,W)
-                 xt, # noisy images, (B,C,H,W)
-                 t, # timesteps, (B,)
+# %% ../nbs/07_likelihood.ipynb #135c17c3
+@patch
+def loss(self:LearnedVariance, model, # (x, t, cond) → (B,2C,H,W)
+         x, # clean images, (B,C,H,W) in [-1,1]
+         cond, # conditioning, or None
+         rand, # random numbers: `t`, `noise`
+        ): # dict of (B,): `loss`, `mse`, `vb` in bits
+    "MSE of the prediction, plus the bound for the variance alone, mean detached (Nichol & Dhariwal 2021, eq. 16)."
+    t = self.sample_t(rand.t)
+    xt = self.q_sample(x, t, rand.noise)
+    out = model(xt, t, cond).to(xt.dtype)
+    if out.shape[1]!=2*x.shape[1]:
+        raise ValueError(f'a learned variance needs {2*x.shape[1]} channels, got {out.shape[1]}')
+    pred, raw = out.chunk(2, 1)
+    mse = mean_flat((self.target(x, rand.noise, t)-pred)**2)
+    vb = self.vb_terms(torch.cat([pred.detach(), raw], 1), x, xt, t)
+    return dict(loss=mse+vb, mse=mse, vb=vb)
+
+@patch
+def denoise(self:LearnedVariance, model, # (x, t, cond) → (B,2C,H,W)
+            x, # noisy images, (B,C,H,W)
+            t, # timesteps, (B,)
+            cond=None, # conditioning
+           ): # an `Estimate` with `var_frac`
+    "Clean image, noise, and where between its bounds the log variance lies."
+    pred, raw = model(x, t, cond).to(x.dtype).chunk(2, 1)
+    x0 = self.predict_x0(pred, x, t)
+    return Estimate(x0, self.predict_eps(x0, x, t), (raw+1)/2)
+
+# %% ../nbs/07_likelihood.ipynb #f515ba65
+@patch
+def bits_per_dim(self:LearnedVariance, model, # (x, t, cond) → (B,2C,H,W)
+                 x0, # clean images, (B,C,H,W) in [-1,1]
+                 noise_fn, # timestep → standard normal like x0
+                 cond=None, # conditioning
                 ): # bits per dimension, (B,)
-        "A term of the variational bound: KL to the true posterior; at t=0 the negative log-likelihood (DDPM eq. 5)."
-        mean, log_var = self.q_posterior(x0, xt, t)
-        p_mean, p_log_var = self.p_mean_variance(out, xt, t)
-        kl = mean_flat(normal_kl(mean, log_var, p_mean, p_log_var))
-        nll = -mean_flat(discretized_log_likelihood(x0, p_mean, p_log_var))
-        return torch.where(t==0, nll, kl)/math.log(2)
-
-    def loss(self, model, # (x, t, cond) → (B,2C,H,W)
-             x, # clean images, (B,C,H,W) in [-1,1]
-             cond, # conditioning, or None
-             rand, # random numbers: `t`, `noise`
-            ): # dict of (B,): `loss`, `mse`, `vb` in bits
-        "MSE of the prediction, plus the bound for the variance alone, mean detached (Nichol & Dhariwal 2021, eq. 16)."
-        t = self.sample_t(rand.t)
-        xt = self.q_sample(x, t, rand.noise)
-        out = model(xt, t, cond).to(xt.dtype)
-        if out.shape[1]!=2*x.shape[1]:
-            raise ValueError(f'a learned variance needs {2*x.shape[1]} channels, got {out.shape[1]}')
-        pred, v = out.chunk(2, 1)
-        mse = mean_flat((self.target(x, rand.noise, t)-pred)**2)
-        vb = self.vb_terms(torch.cat([pred.detach(), v], 1), x, xt, t)
-        return dict(loss=mse+vb, mse=mse, vb=vb)
-
-    def denoise(self, model, # (x, t, cond) → (B,2C,H,W)
-                x, # noisy images, (B,C,H,W)
-                t, # timesteps, (B,)
-                cond=None, # conditioning
-               ): # an `Estimate` with `var_frac`
-        "Clean image, noise, and where between its bounds the log variance lies."
-        pred, v = model(x, t, cond).to(x.dtype).chunk(2, 1)
-        x0 = self.predict_x0(pred, x, t)
-        return Estimate(x0, self.predict_eps(x0, x, t), (v+1)/2)
-
-    def bits_per_dim(self, model, # (x, t, cond) → (B,2C,H,W)
-                     x0, # clean images, (B,C,H,W) in [-1,1]
-                     noise_fn, # timestep → standard normal like x0
-                     cond=None, # conditioning
-                    ): # bits per dimension, (B,)
-        "The variational bound on −log2 p(x_0): all T terms and the prior's (DDPM eq. 5)."
-        total = 0
-        for i in range(self.T):
-            t = torch.full((len(x0),), i, device=x0.device)
-            xt = self.q_sample(x0, t, noise_fn(i))
-            total = total + self.vb_terms(model(xt, t, cond).to(xt.dtype), x0, xt, t)
-        a, s = self.alpha_sigma(self.T-1)
-        zero = torch.zeros_like(x0)
-        return total + mean_flat(normal_kl(a*x0, torch.full_like(x0, 2*math.log(s)), zero, zero))/math.log(2)
+    "The variational bound on −log2 p(x_0): all T terms and the prior's (DDPM eq. 5)."
+    total = 0
+    for i in range(self.T):
+        t = torch.full((len(x0),), i, device=x0.device)
+        xt = self.q_sample(x0, t, noise_fn(i))
+        total = total + self.vb_terms(model(xt, t, cond).to(xt.dtype), x0, xt, t)
+    a, s = self.alpha_sigma(self.T-1)
+    zero = torch.zeros_like(x0)
+    return total + mean_flat(normal_kl(a*x0, torch.full_like(x0, 2*math.log(s)), zero, zero))/math.log(2)
 
 # %% ../nbs/07_likelihood.ipynb #70375e83
 def ddpm_objective(config, # has `prediction`, `schedule` and `learn_sigma`, each None for its default

@@ -81,7 +81,7 @@ def ddim(objective, # an `Objective`
          cond=None, # conditioning, (B,...)
          *,
          steps=50, # sampling steps
-         eta=0., # 0: deterministic; 1: as random as DDPM
+         eta=0., # 0: deterministic; 1: noise of the posterior's variance
          clip=False, # clip estimates of x_0 to [-1,1]: for pixels, not for latents
          bar=False, # show progress
          callback=None, # called as callback(i, x, x0) after step i
