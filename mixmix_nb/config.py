@@ -34,6 +34,7 @@ def flag(name): # as typed on the command line
     "`batch_size` → `--batch-size`."
     return '--'+name.replace('_', '-')
 
+# %% ../nbs/17_config.ipynb #707387ec
 def check_option(field, # a dataclass field made by `opt`
                  value, # a value for it
                 ): # the value, of the field's type
@@ -100,6 +101,7 @@ def make_parser(config, # a dataclass whose fields are made by `opt`, each with 
         p.add_argument('--no-'+names[0][2:], dest=f.name, action='store_const', const='off', help=argparse.SUPPRESS)
     return p
 
+# %% ../nbs/17_config.ipynb #763b301c
 def import_plugins(names): # comma-separated module names, or None
     "Import a user's modules, so that what they register can be named. The current folder is searched first."
     for name in filter(None, (names or '').split(',')):
@@ -230,6 +232,7 @@ class SampleConfig:
     device: str = opt('auto') # auto, cpu, cuda, cuda:1, mps
     plugin: str|None = opt() # Python modules to import first, comma-separated
 
+# %% ../nbs/17_config.ipynb #52d9e299
 @dataclass
 class LatentsConfig:
     "Encode a dataset as latents, once, for training with --data-path FOLDER."

@@ -99,6 +99,7 @@ def collate(items): # x (B,C,H,W), cond (B,...), list of bad names
     if get_worker_info(): x, cond = x.share_memory_(), cond.share_memory_()
     return x, cond, sum(bad, [])
 
+# %% ../nbs/10_data.ipynb #061c56ae
 def ignore_signals(worker): # number of the worker
     "In decoding processes: leave Ctrl-C, SIGUSR1 and a first SIGTERM (torchrun sends it to all) to the parent."
     for name in ('SIGINT', 'SIGUSR1'):
@@ -122,6 +123,7 @@ def _start_workers(loader): # an iterator
         signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
         _WORKERS.update(p for p in multiprocessing.active_children() if p not in others)
 
+# %% ../nbs/10_data.ipynb #d72a3f6f
 _LOADER_FAULTS = ('DataLoader worker', 'shared memory', 'shm', 'bus error', 'No space left', 'ancdata',
                  'Too many open files', 'Cannot allocate memory')
 

@@ -7,6 +7,7 @@ __all__ = ['Flow', 'flow_objective']
 
 # %% ../nbs/09_flow.ipynb #2f5a25c9
 import torch
+from fastcore.basics import patch
 from .diffusion import PREDICTIONS, Estimate, Objective, expand
 
 # %% ../nbs/09_flow.ipynb #692c7fba
@@ -33,38 +34,42 @@ class Flow(Objective):
         "What the network should predict; the velocity is the direction from data to noise."
         return dict(v=noise-x0, eps=noise, x0=x0)[self.prediction]
 
-    def loss(self, model, # (x, t, cond) → prediction; its timestep is 1000·t
-             x, # clean images, (B,C,H,W)
-             cond, # conditioning, or None
-             rand, # random numbers: `t`, `noise`
-            ): # dict of (B,): `loss`, `mse`
-        "Mean squared error of the prediction at a uniform time."
-        a, s = (expand(v, x) for v in self.alpha_sigma(rand.t, x.dtype))
-        out = model(a*x+s*rand.noise, 1000*rand.t, cond).to(x.dtype)
-        if out.shape!=x.shape:
-            raise ValueError(f'the network gives {tuple(out.shape[1:])} for images of {tuple(x.shape[1:])}')
-        mse = (self.target(x, rand.noise)-out).pow(2).flatten(1).mean(1)
-        return dict(loss=mse, mse=mse)
+# %% ../nbs/09_flow.ipynb #33953922
+@patch
+def loss(self:Flow, model, # (x, t, cond) → prediction; its timestep is 1000·t
+         x, # clean images, (B,C,H,W)
+         cond, # conditioning, or None
+         rand, # random numbers: `t`, `noise`
+        ): # dict of (B,): `loss`, `mse`
+    "Mean squared error of the prediction at a uniform time."
+    a, s = (expand(v, x) for v in self.alpha_sigma(rand.t, x.dtype))
+    out = model(a*x+s*rand.noise, 1000*rand.t, cond).to(x.dtype)
+    if out.shape!=x.shape:
+        raise ValueError(f'the network gives {tuple(out.shape[1:])} for images of {tuple(x.shape[1:])}')
+    mse = (self.target(x, rand.noise)-out).pow(2).flatten(1).mean(1)
+    return dict(loss=mse, mse=mse)
 
-    def denoise(self, model, # (x, t, cond) → prediction
-                x, # noisy images, (B,C,H,W)
-                t, # times in [0,1], (B,)
-                cond=None, # conditioning
-               ): # an `Estimate`
-        "Clean image and noise from the prediction and x_t."
-        out = model(x, 1000*t, cond).to(x.dtype)[:,:x.shape[1]]
-        a, s = (expand(v, x) for v in self.alpha_sigma(t, x.dtype))
-        if self.prediction=='v': return Estimate(x-s*out, x+a*out)
-        if self.prediction=='x0': return Estimate(out, (x-a*out)/s)
-        return Estimate((x-s*out)/a.clamp(min=1e-4), out)           # at t=1 noise says nothing about the image
+@patch
+def denoise(self:Flow, model, # (x, t, cond) → prediction
+            x, # noisy images, (B,C,H,W)
+            t, # times in [0,1], (B,)
+            cond=None, # conditioning
+           ): # an `Estimate`
+    "Clean image and noise from the prediction and x_t."
+    out = model(x, 1000*t, cond).to(x.dtype)[:,:x.shape[1]]
+    a, s = (expand(v, x) for v in self.alpha_sigma(t, x.dtype))
+    if self.prediction=='v': return Estimate(x-s*out, x+a*out)
+    if self.prediction=='x0': return Estimate(out, (x-a*out)/s)
+    return Estimate((x-s*out)/a.clamp(min=1e-4), out)           # at t=1 noise says nothing about the image
 
-    def timesteps(self, steps): # steps+1 times from 1 to 0
-        "Evenly spaced times, shifted: t → shift·t/(1+(shift−1)·t) (Esser et al. 2024, eq. 23)."
-        if not str(steps).isdecimal() or int(steps)<1:
-            raise ValueError(f'sampling steps must be a positive integer, got {steps!r}')
-        n = int(steps)
-        times = [1-i/n for i in range(n+1)]
-        return [self.shift*t/(1+(self.shift-1)*t) for t in times]
+@patch
+def timesteps(self:Flow, steps): # steps+1 times from 1 to 0
+    "Evenly spaced times, shifted: t → shift·t/(1+(shift−1)·t) (Esser et al. 2024, eq. 23)."
+    if not str(steps).isdecimal() or int(steps)<1:
+        raise ValueError(f'sampling steps must be a positive integer, got {steps!r}')
+    n = int(steps)
+    times = [1-i/n for i in range(n+1)]
+    return [self.shift*t/(1+(self.shift-1)*t) for t in times]
 
 # %% ../nbs/09_flow.ipynb #2ff9ed0b
 def flow_objective(config, # has `prediction` and `time_shift`

@@ -41,6 +41,7 @@ def generate(objective, # an `Objective`
         c = None if cond is None else cond[part].to(device)
         yield ids[part], SAMPLERS[sampler](objective, f, noise, c, steps=steps, clip=clip, bar=bar, **options)
 
+# %% ../nbs/12_previews.ipynb #7e881ae2
 def preview_labels(num_classes, # K
                    n, # images
                    seed, # the run's seed
@@ -58,6 +59,7 @@ def preview_cond(trainer, # a `Trainer`
     i = torch.randint(len(trainer.data), (n,), generator=named_generator(trainer.seed, 'preview'))
     return torch.stack([torch.as_tensor(trainer.data[int(j)][1]) for j in i])
 
+# %% ../nbs/12_previews.ipynb #c40967e1
 def save_images(path, # where to
                 x, # images, (N,C,H,W) in [-1,1]
                 cols=None, # images per row

@@ -36,6 +36,7 @@ def changed_options(given, # options that the user gave
     base = dataclasses.asdict(Config()) | stored
     return [f'{flag(k)} {base[k]} there, {v} here' for k,v in given.items() if k not in CHANGEABLE and v!=base[k]]
 
+# %% ../nbs/17_resume.ipynb #6c7cfcce
 def same_path(a, b): # True or False
     "Do two values of `--data-path` mean the same?"
     return a==b or not {a, b}&DATASETS.keys() and Path(a).expanduser().resolve()==Path(b).expanduser().resolve()
@@ -56,6 +57,7 @@ def why_not_resumable(run, # a `Run`
     path = config['args'].get('data_path')
     if not same_path(given.get('data_path', path), path): return 'it was trained on other data'
 
+# %% ../nbs/17_resume.ipynb #cb7a17d8
 def find_run(given, # options that the user gave
             ): # a `Run` or None for a new one, the checkpoint or None, a note for the log or None
     "What `--resume` means. Raises `UserError` if it cannot be had."

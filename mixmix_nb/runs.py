@@ -113,6 +113,7 @@ def free_disk_check(folder, # where checkpoints will be written; it need not exi
         raise UserError(f'a checkpoint takes {need/1e6:,.0f} MB and {there} has {free/1e6:,.0f} MB free; '
                         'free some space or choose another --results-dir')
 
+# %% ../nbs/12_runs.ipynb #7f65cc11
 class Checkpoints(Callback):
     "A checkpoint every `every` steps or `minutes`, final.pt at the end; one more when the run is stopped."
     def __init__(self, run, # a `Run`
@@ -215,6 +216,7 @@ def peak_memory_mb(device): # a number
     except ImportError: return None                                 # Windows
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/(2**20 if sys.platform=='darwin' else 2**10)
 
+# %% ../nbs/12_runs.ipynb #5d790ed8
 class Logger(Callback):
     "A line of the log and a row of metrics.csv; other callbacks add to the row through `trainer.row`."
     def __init__(self, run, # a `Run`

@@ -100,6 +100,7 @@ def ddim(objective, # an `Objective`
         if callback: callback(i, x, x0)
     return x
 
+# %% ../nbs/08_sampling.ipynb #cf8196c5
 @torch.no_grad()
 def ddim_invert(objective, # an `Objective`
                 model, # (x, t, cond) → prediction
@@ -116,6 +117,7 @@ def ddim_invert(objective, # an `Objective`
         x = a_t*x0 + s_t*e.eps
     return x
 
+# %% ../nbs/08_sampling.ipynb #53b3b244
 def slerp(a, # noise of one image each, (B,C,H,W)
           b, # noise of the other, (B,C,H,W)
           u, # how far to go from `a` to `b`, 0 to 1: a number or (B,)

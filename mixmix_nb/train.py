@@ -251,6 +251,7 @@ def train(**options): # the options of `Config`
         path, file, note = dist.from_rank0(find)
         return run_training(given, Run(path) if path else None, file, note, device, dist)
 
+# %% ../nbs/17_train.ipynb #61b2b051
 def run_training(given, # options that the user gave
                  run, # the `Run` to continue, or None
                  file, # the checkpoint to continue from, or None
@@ -290,6 +291,7 @@ def run_training(given, # options that the user gave
     elif os.environ.get('SLURM_JOB_ID'): sys.exit(75)
     return run.path
 
+# %% ../nbs/17_train.ipynb #d023ab35
 def start_run(config, # a `Config`
               facts, # from `get_facts`
               run, # the `Run` to continue, or None

@@ -9,6 +9,7 @@ __all__ = ['update_ema', 'ema_decay_at', 'lr_at', 'make_optimizer', 'SingleProce
 # %% ../nbs/11_training.ipynb #a0c6335b
 import copy, math, time, torch
 from contextlib import contextmanager, nullcontext
+from fastcore.basics import patch
 from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_state_dict,
                                                      get_optimizer_state_dict, set_state_dict, set_model_state_dict)
 from .core import RunError, StepRandoms, UserError, progress
@@ -200,118 +201,98 @@ class Trainer:
         "The random numbers of some samples."
         return StepRandoms(self.seed, step, lo, hi, self.data.info.shape, self.device)
 
-    def backward(self, x, # samples of this process, as the dataset gives them, on the device
-                 cond, # their conditioning
-                ): # dict of 0-dim tensors: this process's means of the loss and its parts
-        "Accumulate the gradient of a step, part by part."
-        n, means = len(x), {}
-        size = -(-n//self.accumulate)
-        for a in range(0, n, size):
-            b = min(a+size, n)
-            rand = self.randoms(self.step, self.lo+a, self.lo+b)
-            c = self.conditioner.drop(cond[a:b], rand.drop) if self.conditioner else None
-            with self.dist.sync_grads(self.wrapped, b==n):
-                losses = self.objective.loss(self.net, to_model(self.data, x[a:b], self.flip, rand), c, rand)
-                part = {k: v.sum()/n for k,v in losses.items()}
-                (self.scaler.scale(part['loss']) if self.scaler else part['loss']).backward()
-            for k,v in part.items(): means[k] = means.get(k, 0) + v.detach()
-        return means
+# %% ../nbs/11_training.ipynb #21ad6fa9
+@patch
+def backward(self:Trainer, x, # samples of this process, as the dataset gives them, on the device
+             cond, # their conditioning
+            ): # dict of 0-dim tensors: this process's means of the loss and its parts
+    "Accumulate the gradient of a step, part by part."
+    n, means = len(x), {}
+    size = -(-n//self.accumulate)
+    for a in range(0, n, size):
+        b = min(a+size, n)
+        rand = self.randoms(self.step, self.lo+a, self.lo+b)
+        c = self.conditioner.drop(cond[a:b], rand.drop) if self.conditioner else None
+        with self.dist.sync_grads(self.wrapped, b==n):
+            losses = self.objective.loss(self.net, to_model(self.data, x[a:b], self.flip, rand), c, rand)
+            part = {k: v.sum()/n for k,v in losses.items()}
+            (self.scaler.scale(part['loss']) if self.scaler else part['loss']).backward()
+        for k,v in part.items(): means[k] = means.get(k, 0) + v.detach()
+    return means
 
-    @torch.no_grad()
-    def clip_grads(self): # norm before clipping, 0-dim tensor
-        "Unscale the gradients and clip their norm, without asking the device for it."
-        grads = [local(p.grad) for p in self.params if p.grad is not None]
-        norm = self.dist.norm(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads))))
-        if self.scaler:
-            torch._foreach_add_(grads, 0*norm)                      # not finite on one rank: not finite on all
-            self.scaler.unscale_(self.opt)
-            norm = norm/self.scaler.scale(torch.ones_like(norm))
-        if self.grad_clip: torch._foreach_mul_(grads, (self.grad_clip/(norm+1e-6)).clamp(max=1))
-        return norm
+# %% ../nbs/11_training.ipynb #4c8b97b2
+@patch
+@torch.no_grad()
+def clip_grads(self:Trainer): # norm before clipping, 0-dim tensor
+    "Unscale the gradients and clip their norm, without asking the device for it."
+    grads = [local(p.grad) for p in self.params if p.grad is not None]
+    norm = self.dist.norm(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads))))
+    if self.scaler:
+        torch._foreach_add_(grads, 0*norm)                      # not finite on one rank: not finite on all
+        self.scaler.unscale_(self.opt)
+        norm = norm/self.scaler.scale(torch.ones_like(norm))
+    if self.grad_clip: torch._foreach_mul_(grads, (self.grad_clip/(norm+1e-6)).clamp(max=1))
+    return norm
 
-    def update(self, found_inf): # 1 if this step must change nothing, else 0; 0-dim tensor
-        "Optimizer and EMA step; a no-op on the device if `found_inf` is 1."
-        for g in self.opt.param_groups: g['lr'] = lr_at(self.step, **self.lr_args)
-        if self.opt.defaults['fused']:
-            self.opt.found_inf = found_inf
-            self.opt.step()
-        elif not found_inf.item(): self.opt.step()                  # no fused kernel on this device: Python has to ask
-        if self.scaler: self.scaler.update()
-        self.opt.zero_grad()
-        update_ema(self.ema_params, self.local_params, (1-found_inf)*(1-ema_decay_at(self.step, **self.ema_args)))
+@patch
+def update(self:Trainer, found_inf): # 1 if this step must change nothing, else 0; 0-dim tensor
+    "Optimizer and EMA step; a no-op on the device if `found_inf` is 1."
+    for g in self.opt.param_groups: g['lr'] = lr_at(self.step, **self.lr_args)
+    if self.opt.defaults['fused']:
+        self.opt.found_inf = found_inf
+        self.opt.step()
+    elif not found_inf.item(): self.opt.step()                  # no fused kernel on this device: Python has to ask
+    if self.scaler: self.scaler.update()
+    self.opt.zero_grad()
+    update_ema(self.ema_params, self.local_params, (1-found_inf)*(1-ema_decay_at(self.step, **self.ema_args)))
 
-    def train_step(self, x, # samples of this process, as the dataset gives them, on the device
-                   cond, # their conditioning
-                  ):
-        "One optimizer step. Nothing in it waits for the device; non-finite gradients change nothing."
-        means = self.backward(x, cond)
-        norm = self.clip_grads()
-        found_inf = (~norm.isfinite()).float()
-        serious = found_inf*(self.scaler.scale(torch.ones_like(norm))<=1) if self.scaler else found_inf
-        self.metrics.add(means | dict(grad_norm=norm), found_inf, serious)
-        self.update(found_inf)
-        self.step += 1
+# %% ../nbs/11_training.ipynb #8e244127
+@patch
+def train_step(self:Trainer, x, # samples of this process, as the dataset gives them, on the device
+               cond, # their conditioning
+              ):
+    "One optimizer step. Nothing in it waits for the device; non-finite gradients change nothing."
+    means = self.backward(x, cond)
+    norm = self.clip_grads()
+    found_inf = (~norm.isfinite()).float()
+    serious = found_inf*(self.scaler.scale(torch.ones_like(norm))<=1) if self.scaler else found_inf
+    self.metrics.add(means | dict(grad_norm=norm), found_inf, serious)
+    self.update(found_inf)
+    self.step += 1
 
-    def fit(self):
-        "Train to the last step, or until a callback sets `stop`."
-        self.call('before_fit')
-        try:
-            stream = batches(self.data, seed=self.seed, batch=self.batch, start=self.step, stop=self.steps,
-                             lo=self.lo, hi=self.hi, workers=self.workers)
-            for x,cond,bad in progress(stream, self.steps-self.step):
-                if self.stop: break
-                self.new_bad += bad
-                self.train_step(x.to(self.device, non_blocking=True), cond.to(self.device, non_blocking=True))
-                self.call('after_step')
-                if self.stop: break
-        except RunError:                                            # decoding failed: save what was trained
-            self.stop = True
-            self.call('after_fit')
-            raise
+# %% ../nbs/11_training.ipynb #95684be2
+@patch
+def fit(self:Trainer):
+    "Train to the last step, or until a callback sets `stop`."
+    self.call('before_fit')
+    try:
+        stream = batches(self.data, seed=self.seed, batch=self.batch, start=self.step, stop=self.steps,
+                         lo=self.lo, hi=self.hi, workers=self.workers)
+        for x,cond,bad in progress(stream, self.steps-self.step):
+            if self.stop: break
+            self.new_bad += bad
+            self.train_step(x.to(self.device, non_blocking=True), cond.to(self.device, non_blocking=True))
+            self.call('after_step')
+            if self.stop: break
+    except RunError:                                            # decoding failed: save what was trained
+        self.stop = True
         self.call('after_fit')
+        raise
+    self.call('after_fit')
 
-    def call(self, event): # `before_fit`, `after_step` or `after_fit`
-        "Call all callbacks."
-        for c in self.callbacks: getattr(c, event)(self)
+@patch
+def call(self:Trainer, event): # `before_fit`, `after_step` or `after_fit`
+    "Call all callbacks."
+    for c in self.callbacks: getattr(c, event)(self)
 
-    @contextmanager
-    def pause(self):
-        "Time spent in this context does not count as training."
-        if self.device.type=='cuda': torch.cuda.synchronize(self.device)
-        start = time.perf_counter()
-        yield
-        self.paused += time.perf_counter()-start
-
-    def state_dict(self): # dict of tensors on the CPU and plain values
-        "Everything that a resumed run needs; on several ranks all must call it."
-        o = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        model, opt = get_state_dict(self.model, self.opt, options=o)
-        scaler = self.scaler.state_dict() if self.scaler else None
-        return dict(model=model, ema=get_model_state_dict(self.ema, options=o), opt=opt, scaler=scaler,
-                    meter=self.metrics.state_dict(self.dist), train_steps=self.step, bad_files=dict(self.bad_files))
-
-    def load_state_dict(self, ckpt, # from `state_dict`
-                        name='checkpoint', # what to call it in messages
-                       ):
-        "Go back to where `ckpt` was written. Raises `UserError` if it lacks something or belongs to another model."
-        missing = [k for k in ('model','ema','opt') if not isinstance(ckpt.get(k), dict)]
-        if missing: raise UserError(f'{name} cannot be resumed: it has no {", ".join(missing)}')
-        for m,k in ((self.model, 'model'), (self.ema, 'ema')): check_weights(m, ckpt[k], name)
-        o, opt = StateDictOptions(full_state_dict=True), ckpt['opt']
-        if 'param_groups' not in opt:                               # first edition: the moments by parameter name
-            opt = dict(state=opt, param_groups=get_optimizer_state_dict(self.model, self.opt)['param_groups'])
-        try:
-            set_state_dict(self.model, self.opt, model_state_dict=ckpt['model'], optim_state_dict=opt, options=o)
-            set_model_state_dict(self.ema, ckpt['ema'], options=o)
-            if self.scaler and ckpt.get('scaler'): self.scaler.load_state_dict(ckpt['scaler'])
-            self.metrics.load_state_dict(ckpt.get('meter', {}), self.dist)
-        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as e:
-            raise UserError(f'{name} cannot be resumed: {type(e).__name__}: {str(e)[:200]}') from None
-        for s in self.opt.state.values():                           # own the moments, not views of the file
-            s.update({k: v.clone() for k,v in s.items() if torch.is_tensor(v)})
-        self.step = ckpt['train_steps']
-        bad = ckpt.get('bad_files') or {}
-        self.bad_files = dict(bad) if isinstance(bad, dict) else {f: '' for f in bad}
+@patch
+@contextmanager
+def pause(self:Trainer):
+    "Time spent in this context does not count as training."
+    if self.device.type=='cuda': torch.cuda.synchronize(self.device)
+    start = time.perf_counter()
+    yield
+    self.paused += time.perf_counter()-start
 
 # %% ../nbs/11_training.ipynb #2197c7c8
 def check_weights(model, # a module
@@ -325,3 +306,36 @@ def check_weights(model, # a module
     if not keys: return
     diff = [f'{k}: {shape(state.get(k))} in the checkpoint, {shape(mine.get(k))} in this model' for k in keys[:3]]
     raise UserError(f'{name} belongs to a different model: {"; ".join(diff)}{" …" if len(keys)>3 else ""}')
+
+@patch
+def state_dict(self:Trainer): # dict of tensors on the CPU and plain values
+    "Everything that a resumed run needs; on several ranks all must call it."
+    o = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    model, opt = get_state_dict(self.model, self.opt, options=o)
+    scaler = self.scaler.state_dict() if self.scaler else None
+    return dict(model=model, ema=get_model_state_dict(self.ema, options=o), opt=opt, scaler=scaler,
+                meter=self.metrics.state_dict(self.dist), train_steps=self.step, bad_files=dict(self.bad_files))
+
+@patch
+def load_state_dict(self:Trainer, ckpt, # from `state_dict`
+                    name='checkpoint', # what to call it in messages
+                   ):
+    "Go back to where `ckpt` was written. Raises `UserError` if it lacks something or belongs to another model."
+    missing = [k for k in ('model','ema','opt') if not isinstance(ckpt.get(k), dict)]
+    if missing: raise UserError(f'{name} cannot be resumed: it has no {", ".join(missing)}')
+    for m,k in ((self.model, 'model'), (self.ema, 'ema')): check_weights(m, ckpt[k], name)
+    o, opt = StateDictOptions(full_state_dict=True), ckpt['opt']
+    if 'param_groups' not in opt:                               # first edition: the moments by parameter name
+        opt = dict(state=opt, param_groups=get_optimizer_state_dict(self.model, self.opt)['param_groups'])
+    try:
+        set_state_dict(self.model, self.opt, model_state_dict=ckpt['model'], optim_state_dict=opt, options=o)
+        set_model_state_dict(self.ema, ckpt['ema'], options=o)
+        if self.scaler and ckpt.get('scaler'): self.scaler.load_state_dict(ckpt['scaler'])
+        self.metrics.load_state_dict(ckpt.get('meter', {}), self.dist)
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as e:
+        raise UserError(f'{name} cannot be resumed: {type(e).__name__}: {str(e)[:200]}') from None
+    for s in self.opt.state.values():                           # own the moments, not views of the file
+        s.update({k: v.clone() for k,v in s.items() if torch.is_tensor(v)})
+    self.step = ckpt['train_steps']
+    bad = ckpt.get('bad_files') or {}
+    self.bad_files = dict(bad) if isinstance(bad, dict) else {f: '' for f in bad}
