@@ -6,10 +6,10 @@
 __all__ = ['MODELS', 'MIXERS', 'CONDITIONERS', 'OBJECTIVES', 'SAMPLERS', 'DATASETS', 'AUTOENCODERS', 'METRICS', 'BLOCK',
            'UserError', 'RunError', 'run_command', 'Registry', 'rank', 'world_size', 'get_device', 'hash_seed',
            'named_generator', 'StepRandoms', 'to_uint8', 'image_grid', 'show_images', 'in_notebook', 'progress',
-           'atomic_write']
+           'atomic_write', 'check_disk']
 
 # %% ../nbs/00_core.ipynb #98eb7d08
-import hashlib, importlib, operator, os, re, sys
+import hashlib, importlib, operator, os, re, shutil, sys
 from pathlib import Path
 
 # %% ../nbs/00_core.ipynb #d03a6ff0
@@ -97,9 +97,6 @@ def get_device(name='auto', # `auto`, `cpu`, `cuda`, `cuda:1`, `mps`
         reason = (str(e).splitlines() or [type(e).__name__])[0][:80]
         raise UserError(f'device {name!r} is not available ({reason}); try --device cpu') from None
     return torch.device(name)
-
-# %% ../nbs/00_core.ipynb #6279c252
-#| export
 
 # %% ../nbs/00_core.ipynb #1e774d94
 def hash_seed(*key, # ints and strings
@@ -224,3 +221,14 @@ def atomic_write(path, # where to; missing folders are created
     except BaseException:
         tmp.unlink(missing_ok=True)
         raise
+
+def check_disk(folder, # where files will be written; it need not exist yet
+               need, # bytes
+               what, # takes them, for the message
+              ):
+    "Raise `UserError` if the disk of `folder` has no room or cannot be written."
+    folder = Path(folder).expanduser()
+    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)): raise UserError(f'{folder} cannot be written')
+    free = shutil.disk_usage(there).free
+    if free<need: raise UserError(f'{what} {need/1e6:,.0f} MB and {there} has {free/1e6:,.0f} MB free')

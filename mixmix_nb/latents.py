@@ -12,7 +12,7 @@ if __name__=='__main__' and '__file__' in globals():     # a command: parse the 
     main('latents')
 
 # %% ../nbs/16_latents.ipynb #882108c7
-import json, math, os, shutil, sys, time, torch
+import json, math, os, sys, time, torch
 import torch.distributed as dist
 from datetime import timedelta
 from filelock import FileLock, Timeout
@@ -20,7 +20,7 @@ from pathlib import Path
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.utils.data import Dataset
-from .core import RunError, UserError, atomic_write, progress, rank, world_size
+from .core import RunError, UserError, atomic_write, check_disk, progress, rank, world_size
 from .data import DataInfo, TensorData, fingerprint, load, open_data, to_model
 from .distributed import distributed
 from .vae import load_vae
@@ -222,8 +222,7 @@ def start_cache(folder, # a `Path`
     check_manifest(folder, m)                                       # again: another encoder may have come first
     done = sum(f.stat().st_size for f in folder.glob('*.safetensors'))
     need = m['images']*(1+m['flip'])*(1+m['posterior'])*math.prod(m['shape'])*2 - done
-    free = shutil.disk_usage(folder).free
-    if free<need: raise UserError(f'the latents take {need/1e9:.1f} GB and {folder} has {free/1e9:.1f} GB free')
+    check_disk(folder, need, 'the latents take')
     atomic_write(folder/'manifest.json', lambda f: f.write(json.dumps(m, indent=1).encode()))
 
 # %% ../nbs/16_latents.ipynb #1db15633

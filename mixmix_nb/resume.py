@@ -59,7 +59,7 @@ def why_not_resumable(run, # a `Run`
 
 # %% ../nbs/17_resume.ipynb #cb7a17d8
 def find_run(given, # options that the user gave
-            ): # a `Run` or None for a new one, the checkpoint or None, a note for the log or None
+            ): # a run's folder or None for a new one, the checkpoint or None, a note for the log or None
     "What `--resume` means. Raises `UserError` if it cannot be had."
     resume, launch = given.get('resume'), launch_id()
     runs = list_runs(given.get('results_dir', Config.results_dir))
@@ -67,25 +67,25 @@ def find_run(given, # options that the user gave
     if launch and (int(restarts) or resume=='auto'):                # a restart of this very launch
         for run in runs:
             starts = (run.config() or {}).get('starts', ())
-            if any(s.get('launch')==launch for s in starts): return run, newest_checkpoint(run), None
+            if any(s.get('launch')==launch for s in starts): return run.path, newest_checkpoint(run), None
     if resume is None: return None, None, None
     if resume=='auto':
         reasons = [(run, why_not_resumable(run, given)) for run in runs]
         run = next((run for run,reason in reasons if reason is None), None)
-        if run: return run, newest_checkpoint(run), None
+        if run: return run.path, newest_checkpoint(run), None
         if not runs: return None, None, None
         path, reason = runs[0].path, reasons[0][1]
         note = f'starting a new run: {path} is not continued because {reason}; to continue it, pass --resume {path}'
         return None, None, note
     path = Path(resume).expanduser()
     if path.is_dir():
-        run, file = Run(path), newest_checkpoint(Run(path))
+        file = newest_checkpoint(Run(path))
         if file is None: raise UserError(f'--resume {path}: no readable checkpoint in {path/"checkpoints"}')
-        return run, file, None
+        return path, file, None
     read_checkpoint(path, mmap=True)
     run = Run(path.parent.parent)
     newest = path.parent.name=='checkpoints' and run.config() is not None and run.checkpoints()[0].samefile(path)
-    return run if newest else None, path, None
+    return run.path if newest else None, path, None
 
 # %% ../nbs/17_resume.ipynb #5dcf396f
 def read_resumable(file, # a checkpoint, or None

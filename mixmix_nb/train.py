@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['cache_folder', 'open_dataset', 'build_objective', 'get_facts', 'build_model', 'global_batch', 'versions',
-           'make_trackers', 'make_trainer', 'make_callbacks', 'memory_errors', 'stopped_early', 'train', 'run_training',
-           'start_run', 'absolute']
+           'make_trackers', 'make_trainer', 'make_callbacks', 'memory_errors', 'train', 'run_training', 'full_path']
 
 # %% ../nbs/17_train.ipynb #926d2287
 if __name__=='__main__' and '__file__' in globals():     # a command: parse the options before torch is imported
@@ -19,11 +18,11 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 import mixmix_nb
-from .core import DATASETS, METRICS, OBJECTIVES, RunError, UserError, hash_seed, rank, world_size
+from .core import DATASETS, METRICS, OBJECTIVES, RunError, UserError, check_disk, hash_seed, rank, world_size
 from .data import cache_dir, fingerprint, holdout, in_memory, open_data
 from .dit import make_model, num_macs, num_params
 from .distributed import distributed
-from .runs import Checkpoints, Logger, Run, StopOnSignal, free_disk_check, new_run, out_of_memory
+from .runs import Checkpoints, Logger, Run, StopOnSignal, new_run, out_of_memory
 from .previews import Evaluate, Previews, Validation
 from .speed import (choose_compile, choose_precision, make_scaler, mfu, peak_flops, precision_warning,
                              with_autocast, wrap_for_training)
@@ -226,15 +225,6 @@ def memory_errors(config): # a `Config`
         raise RunError(f'out of memory with {n} images at a time; try --accumulate {parts} (the same result), '
                        '--grad-checkpoint, a smaller --batch-size or a smaller --model') from None
 
-# %% ../nbs/17_train.ipynb #5338fd1b
-def stopped_early(stop): # `StopOnSignal`
-    "A function that ends the program if a signal came before training began."
-    def check():
-        if stop.signal is None: return
-        print(f'interrupted by {stop.signal} while encoding latents; finished shards are kept', flush=True)
-        sys.exit(75 if os.environ.get('SLURM_JOB_ID') else 0)
-    return check
-
 # %% ../nbs/17_train.ipynb #ecff5330
 def train(**options): # the options of `Config`
     """Train, or resume; returns the run's folder. Options that are not given come from the resumed run, the dataset's
@@ -244,11 +234,7 @@ def train(**options): # the options of `Config`
     given = check_options(Config, options)
     make_config(given)
     with distributed(given.get('device', 'auto'), bool(given.get('shard'))) as (device, dist):
-        found = []
-        def find():
-            found.extend(find_run(given))
-            return [str(found[0].path) if found[0] else None, str(found[1]) if found[1] else None, found[2]]
-        path, file, note = dist.from_rank0(find)
+        path, file, note = dist.from_rank0(lambda: find_run(given))
         return run_training(given, Run(path) if path else None, file, note, device, dist)
 
 # %% ../nbs/17_train.ipynb #61b2b051
@@ -263,7 +249,7 @@ def run_training(given, # options that the user gave
     ckpt, args, facts = read_resumable(file)
     config = make_config(given, args)
     with memory_errors(config), StopOnSignal(every=1 if dist.world==1 else 4) as stop:
-        data, vae = open_dataset(config, device, between=stopped_early(stop))
+        data, vae = open_dataset(config, device, between=stop.exit_early)
         objective = build_objective(config)
         try: objective.timesteps(config.num_sampling_steps)
         except ValueError as e: raise UserError(f'--num-sampling-steps: {e}') from None
@@ -281,8 +267,17 @@ def run_training(given, # options that the user gave
         if run and trainer.done and (run.checkpoints_dir/'final.pt').exists():
             run.log(f'{run.path}: nothing to do, all {trainer.steps} steps are done')
             return run.path
-        free_disk_check(config.results_dir, 16*num_params(trainer.model))
-        run = start_run(config, now, run, device, dist)
+        check_disk(run.path if run else config.results_dir, 16*num_params(trainer.model), 'a checkpoint takes')
+        def begin():
+            nonlocal run                                            # rank 0 keeps it: it holds the lock
+            run = run or new_run(config.results_dir, config.model)
+            run.lock()
+            start = dict(time=time.strftime('%F %T'), launch=launch_id(), device=str(device), processes=dist.world)
+            try: run.write_config(asdict(config) | dict(data_path=full_path(config.data_path)), now, start | versions())
+            except OSError as e: raise UserError(f'{run.path} cannot be written: {e.strerror}') from None
+            return run.path
+        path = dist.from_rank0(begin)
+        run = run or Run(path)
         for line in [f'{run.path}: {lines[0]}', *lines[1:], *lines_of_data, *([note] if note else [])]: run.log(line)
         stop.run = run
         trainer.callbacks = make_callbacks(config, now, trainer, run, val, stop)
@@ -292,26 +287,6 @@ def run_training(given, # options that the user gave
     return run.path
 
 # %% ../nbs/17_train.ipynb #d023ab35
-def start_run(config, # a `Config`
-              facts, # from `get_facts`
-              run, # the `Run` to continue, or None
-              device, # a torch.device
-              dist, # `Distributed` or `SingleProcess`
-             ): # a `Run`, locked by rank 0
-    "Open or create the run's folder and write config.json."
-    held = []
-    def begin():
-        r = run or new_run(config.results_dir, config.model)
-        held.append(r)
-        r.lock()
-        start = dict(time=time.strftime('%F %T'), launch=launch_id(), device=str(device), processes=dist.world)
-        args = asdict(config) | dict(data_path=absolute(config.data_path))
-        try: r.write_config(args, facts, start | versions())
-        except OSError as e: raise UserError(f'{r.path} cannot be written: {e.strerror}') from None
-        return str(r.path)
-    path = dist.from_rank0(begin)
-    return held[0] if held else Run(path)
-
-def absolute(path): # a name, or a full path
-    "A named dataset as it is, a folder as its full path."
+def full_path(path): # a name as it is, a folder from the root of the file system
+    "`--data-path` as a run notes it, so that it can be resumed from another folder."
     return path if path in DATASETS else str(Path(path).expanduser().resolve())

@@ -64,27 +64,13 @@ def make_optimizer(model, # a module
 class SingleProcess:
     "What a trainer asks of the other ranks if there are none. `Distributed` (chapter 14) has the same methods."
     rank, world = 0, 1
-    def place(self, model): # a module
-        "Shard a model in place (FSDP); nothing to do here."
-        return model
-    def sync_grads(self, net, last): # a context manager
-        "Entered for each part of a step; gradients are all-reduced in the last one only."
-        return nullcontext()
-    def sum(self, x): # a tensor
-        "All-reduce a tensor."
-        return x
-    def norm(self, x): # a 0-dim tensor
-        "Norm of all gradients from the norm `x` of those that this process holds."
-        return x
-    def any(self, flag): # True or False
-        "True on all ranks if `flag` is true on any."
-        return flag
-    def from_rank0(self, f): # what `f` returned
-        "Call `f` on rank 0 and give its result, plain values, to all ranks."
-        return f()
-    def gather(self, items): # a list
-        "The items of all ranks."
-        return list(items)
+    place = staticmethod(lambda model: model)                       # FSDP shards it in place
+    sync_grads = staticmethod(lambda net, last: nullcontext())      # all-reduce gradients in the last part only
+    sum = staticmethod(lambda x: x)                                 # of a tensor, over all ranks
+    norm = staticmethod(lambda x: x)                                # of all gradients, from that of this rank's share
+    any = staticmethod(lambda flag: flag)                           # true on all ranks if true on one
+    from_rank0 = staticmethod(lambda f: f())                        # rank 0 calls `f`; all get its result
+    gather = staticmethod(list)                                     # the items of all ranks
 
 # %% ../nbs/11_training.ipynb #9689cc47
 class Callback:
