@@ -115,3 +115,19 @@ t.train(resume=%r, steps=25)
 def test_auto_is_not_frozen(alone):
     "Bug 2: what `auto` came to is logged and not stored."
     assert load(alone/'checkpoints'/'final.pt')['args']['compile']=='auto'
+
+def test_a_checkpoint_of_the_first_edition(alone, tmp_path):
+    "It had the moments by parameter name, everything else in `args`, older names, and no facts."
+    new = load(alone/'checkpoints'/'0000012.pt')
+    facts, args = new['facts'], dict(new['args'])
+    args |= dict(sample_steps=args.pop('num_sampling_steps'), global_seed=args.pop('seed'), channels=facts['shape'][0],
+                 input_size=facts['shape'][1], fingerprint='0f9be566800b6e53', mixed_precision='no', compile='off', batch_size=12,
+                 **{k: facts[k] for k in ('image_size', 'num_classes', 'classes', 'learn_sigma', 'flip', 'vae')})
+    old = dict(model=new['model'], ema=new['ema'], opt=new['opt']['state'], scaler=None, train_steps=12, epoch=0, bad_files=[],
+               meter=dict(steps=torch.tensor(0.), loss=torch.tensor(0.)), args=args, version=1)
+    torch.save(old, tmp_path/'old.pt')
+    train('--resume', 'old.pt', cwd=tmp_path)
+    run, = (tmp_path/'results').iterdir()
+    assert_same(load(alone/'checkpoints'/'final.pt'), load(run/'checkpoints'/'final.pt'), ('model', 'ema', 'opt'))
+    r = python('-m', 'mixmix_nb.sample', '--ckpt', 'old.pt', '--num-sampling-steps', 2, cwd=tmp_path)
+    assert r.returncode==0 and (tmp_path/'samples.png').exists(), r.stderr
