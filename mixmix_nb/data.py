@@ -16,7 +16,7 @@ from .images import LAYOUT, DataInfo, FolderData
 
 # %% ../nbs/10_data.ipynb #76fd365d
 class TensorData(Dataset):
-    "A dataset in memory: indexing with a tensor of indices gives a batch."
+    "A dataset in memory, on any device."
     def __init__(self, x, # uint8 or float, (N,C,H,W)
                  cond, # conditioning, (N,...)
                  info, # `DataInfo`
@@ -25,6 +25,10 @@ class TensorData(Dataset):
         self.x, self.cond, self.info, self.bad = x, cond, info, list(bad)
     def __len__(self): return len(self.x)
     def __getitem__(self, i): return self.x[i], self.cond[i]
+
+    def batch(self, i): # x (B,C,H,W), cond (B,...)
+        "The samples with indices `i`, a list."
+        return self[torch.as_tensor(i, device=self.x.device)]
 
     def subset(self, i): # a `TensorData`
         "The samples with indices `i`."
@@ -132,8 +136,8 @@ def load(data, # a dataset
          workers=0, # decoding processes
         ): # yields x (B,C,H,W), cond (B,...), names of bad samples
     "Batches of given samples. Raises `RunError` if a decoding process dies or shared memory is too small."
-    if hasattr(data, 'batch'):                                      # reads batches itself: a cache of latents
-        yield from ((*data.batch(i), []) for i in indices)
+    if hasattr(data, 'batch'):                                      # gives batches itself: a tensor, a cache of latents
+        for n,i in enumerate(indices): yield *data.batch(i), getattr(data, 'bad', []) if n==0 else []
         return
     workers = min(workers, len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1)
     loader = DataLoader(Readable(data), batch_sampler=indices, collate_fn=collate, num_workers=workers,
@@ -158,9 +162,6 @@ def batches(data, # a dataset
     "The batches of steps start..stop−1: step k takes positions k·batch … (k+1)·batch−1 of the endless stream."
     order, hi, named = InfiniteShuffle(len(data), seed), batch if hi is None else hi, set()
     steps = (order(k*batch+lo, k*batch+hi).tolist() for k in range(start, stop))
-    if isinstance(data, TensorData):
-        for n,i in enumerate(steps): yield *data[torch.tensor(i, device=data.x.device)], data.bad if n==0 else []
-        return
     for x,cond,bad in load(data, steps, workers):
         new = [b for b in dict.fromkeys(bad) if b not in named]
         named.update(new)
@@ -175,8 +176,7 @@ def val_batches(data, # a dataset
                ): # yields x (B,C,H,W), cond (B,...)
     "The samples of a dataset in order, through one loader."
     indices = torch.arange(lo, len(data) if hi is None else hi).split(batch)
-    if isinstance(data, TensorData): yield from (data[i.to(data.x.device)] for i in indices if len(i))
-    else: yield from ((x, cond) for x,cond,_ in load(data, [i.tolist() for i in indices if len(i)], workers))
+    yield from ((x, cond) for x,cond,_ in load(data, [i.tolist() for i in indices if len(i)], workers))
 
 # %% ../nbs/10_data.ipynb #3298c92f
 def to_model(data, # the dataset that gave the samples

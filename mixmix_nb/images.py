@@ -40,7 +40,7 @@ def read_image(path, # an image file that Pillow can read
               ): # uint8 (3,size,size)
     "Decode an image as RGB, turned as its EXIF tag says, on white if transparent, and crop it. Raises if damaged."
     from PIL import Image, ImageOps, PngImagePlugin
-    Image.MAX_IMAGE_PIXELS = None                                   # large images and notes are no attack here
+    Image.MAX_IMAGE_PIXELS = None                                   # large images and long text chunks are allowed
     PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**40
     with Image.open(path) as im:
         if k := draft_scale(*im.size, size): im.draft('RGB', (im.width//k, im.height//k))
@@ -72,13 +72,13 @@ class DataInfo:
     shape: tuple # of what the model sees, (C,H,W)
     classes: list|None = None # names of the classes
     flip: bool = False # is it right to mirror images at random?
-    num_classes: int|None = None # size of the conditioning; the number of classes by default
+    num_classes: int|None = None # number of conditioning classes; that of `classes` by default
 
     def __post_init__(self):
         if self.num_classes is None: self.num_classes = len(self.classes or ())
 
 # %% ../nbs/10_images.ipynb #7b2a68c0
-_IGNORED = {'__MACOSX', '@eaDir', 'lost+found', '$RECYCLE.BIN', 'System Volume Information'}     # beside hidden folders
+_IGNORED = {'__MACOSX', '@eaDir', 'lost+found', '$RECYCLE.BIN', 'System Volume Information'}     # besides hidden folders
 LAYOUT = 'expected <data-path>/<class>/<image>.jpg, or <data-path>/<image>.jpg for data without classes'
 
 def extensions(): # a set such as {'.jpg', '.png', …}
@@ -149,7 +149,8 @@ class FolderData(Dataset):
         if full: check_no_splits(self.root, full)
         self.files = inside or files
         self.labels = torch.tensor([number[c] for c in of] or [0]*len(files))
-        colour = any_colour(self.root/f for f in self.files[::-(-len(self.files)//16)])
+        every = -(-len(self.files)//16)                             # sixteen of them, or all
+        colour = any_colour(self.root/f for f in self.files[::every])
         self.info = DataInfo(self.root.name, (3, size, size), names if full else None, flip=colour)
         empty = [c for c in names if c not in full] if full else []
         notes = {f'{len(files)-len(inside)} images beside the class folders are left out': 0<len(inside)<len(files),

@@ -198,7 +198,7 @@ class Logger(Callback):
     "A line of the log and a row of metrics.csv; other callbacks add to the row through `trainer.row`."
     def __init__(self, run, # a `Run`
                  every=100, # steps between lines
-                 marks=0, # also every so many steps; 0: not
+                 marks=0, # also every so many steps; 0: never
                  mfu=None, # images per second → fraction of the device's peak, if known
                  trackers=(), # functions of (row), e.g. TensorBoard's
                 ):
@@ -234,7 +234,7 @@ class Logger(Callback):
         trainer.row = {}
         if not rank(): self.record(row, trainer)
         self.restart(trainer)
-        if trainer.metrics.worst_row.item()>=10:
+        if trainer.metrics.most_in_a_row.item()>=10:
             raise RunError(f'gradients were not finite for ten consecutive steps (now at step {k}); the weights were '
                            'not updated. Likely causes: a learning rate that is too high, no --warmup, no --grad-clip, '
                            f'or bad values in the data (--lr is {trainer.lr_args["lr"]:g})')

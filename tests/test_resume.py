@@ -1,5 +1,5 @@
 "A run that is killed or stopped and resumed ends like one that was left alone: bit-identical on a CPU."
-import csv, json, os, signal, subprocess, sys, time
+import csv, json, os, shutil, signal, subprocess, sys, time
 from pathlib import Path
 import pytest, torch
 from conftest import SMALL, child_env, python, train
@@ -78,8 +78,8 @@ def test_a_signal_saves_and_stops(tmp_path, name, status):
     assert load(newest)['train_steps']==int(newest.stem)>=5
 
 def test_resume_auto_never_starts_over_in_silence(alone, tmp_path):
-    results = ['--results-dir', alone.parent]
-    r = train(*RUN, *results, '--resume', 'auto', cwd=tmp_path)
+    alone = shutil.copytree(alone, tmp_path/'kept'/alone.name)          # it is continued below
+    r = train(*RUN, '--results-dir', alone.parent, '--resume', 'auto', cwd=tmp_path)
     assert 'nothing to do, all 24 steps are done' in r.stdout
     r = train(*SMALL, '--steps', 1, '--lr', '2e-3', '--results-dir', tmp_path, cwd=tmp_path)
     r = train(*SMALL, '--steps', 1, '--lr', '3e-3', '--results-dir', tmp_path, '--resume', 'auto', cwd=tmp_path)
