@@ -78,7 +78,7 @@ class DataInfo:
         if self.num_classes is None: self.num_classes = len(self.classes or ())
 
 # %% ../nbs/10_images.ipynb #7b2a68c0
-_IGNORED = {'__MACOSX', '@eaDir', 'lost+found', '$RECYCLE.BIN', 'System Volume Information'}     # besides hidden folders
+_IGNORED = {'__MACOSX', '@eaDir', 'lost+found', '$RECYCLE.BIN', 'System Volume Information'}     # and hidden ones
 LAYOUT = 'expected <data-path>/<class>/<image>.jpg, or <data-path>/<image>.jpg for data without classes'
 
 def extensions(): # a set such as {'.jpg', '.png', …}
