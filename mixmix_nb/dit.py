@@ -10,7 +10,6 @@ import torch
 from copy import deepcopy
 from fastcore.basics import patch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 from .core import CONDITIONERS, MODELS, UserError
 from .patches import PatchEmbed, grid_size, pair, sincos_2d, unpatchify
 from .conditioning import ClassLabels, TimestepEmbedder
@@ -128,6 +127,7 @@ def num_macs(model, # a `DiT`, on any device, not yet compiled or sharded
             ): # multiply-adds per image, an integer
     """Multiply-adds of a forward pass of one image, without the conditioner. Every module that defines `macs(tokens)`
     is asked; the rest is measured on the meta device. Raises `UserError` if a module can do neither."""
+    from torch.utils.flop_counter import FlopCounterMode            # here, since it imports triton
     tensors = (*model.parameters(), *model.buffers())
     twin = deepcopy(model, {id(p): p.detach().to('meta') for p in tensors})     # shapes only: copies no weights
     twin.y_embedder, total = None, 0

@@ -10,8 +10,6 @@ __all__ = ['update_ema', 'ema_decay_at', 'lr_at', 'make_optimizer', 'SingleProce
 import copy, math, time, torch
 from contextlib import contextmanager, nullcontext
 from fastcore.basics import patch
-from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_state_dict,
-                                                     get_optimizer_state_dict, set_state_dict, set_model_state_dict)
 from .core import RunError, StepRandoms, UserError, progress
 from .data import batches, to_model
 
@@ -296,6 +294,7 @@ def check_weights(model, # a module
 @patch
 def state_dict(self:Trainer): # dict of tensors on the CPU and plain values
     "Everything that a resumed run needs; on several ranks all must call it."
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict
     o = StateDictOptions(full_state_dict=True, cpu_offload=True)
     model, opt = get_state_dict(self.model, self.opt, options=o)
     scaler = self.scaler.state_dict() if self.scaler else None
@@ -307,6 +306,8 @@ def load_state_dict(self:Trainer, ckpt, # from `state_dict`
                     name='checkpoint', # what to call it in messages
                    ):
     "Go back to where `ckpt` was written. Raises `UserError` if it lacks something or belongs to another model."
+    from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_optimizer_state_dict,
+                                                         set_model_state_dict, set_state_dict)
     missing = [k for k in ('model','ema','opt') if not isinstance(ckpt.get(k), dict)]
     if missing: raise UserError(f'{name} cannot be resumed: it has no {", ".join(missing)}')
     for m,k in ((self.model, 'model'), (self.ema, 'ema')): check_weights(m, ckpt[k], name)
