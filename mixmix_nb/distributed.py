@@ -106,8 +106,12 @@ def distributed(device, # `auto`, `cpu`, `cuda`
         raise RunError(f'rank {rank()}: another process of this run died or stopped responding ({first[:160]}). '
                        'Its own output says why. Saved checkpoints are intact; continue with --resume auto') from None
 
+# The last barrier is kept: if gloo's thread freed it while Python ends, the process would abort.
+_KEPT = []
+
 def leave():
     "Leave the process group together."
     if not dist.is_initialized(): return
-    dist.barrier()
+    _KEPT.append(dist.barrier(async_op=True))
+    _KEPT[-1].wait()
     dist.destroy_process_group()
