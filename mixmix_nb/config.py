@@ -155,7 +155,11 @@ class Config:
     prediction: str|None = opt(choices=('eps', 'x0', 'v')) # what the network predicts (default: eps; flow: v)
     schedule: str = opt('linear', ('linear', 'cosine')) # noise schedule of ddpm
     learn_sigma: bool|None = opt() # learn the variance too (default: on for eps, off otherwise)
-    time_shift: float = opt(1., least=1e-6) # timestep shift of flow; above 1: more steps at high noise
+    time_sampling: str = opt('uniform', ('uniform', 'logit-normal')) # distribution of t in training, flow
+    logit_mean: float = opt(0.) # mean of logit(t), logit-normal
+    logit_std: float = opt(1., least=1e-6) # deviation of logit(t), logit-normal
+    time_shift: str = opt('1') # timestep shift of flow, above 1: more time at high noise; auto: by the size of images
+    v_loss: bool = opt(False) # take the loss on the velocity, whatever the network predicts (flow)
     mixer: str = opt('attention', MIXERS) # token mixer of the blocks
     conditioner: str = opt('classes', CONDITIONERS) # what the model is conditioned on
     vae: str|None = opt() # latents of ema, mse, a hub name, a folder; none: pixels (default: ema from 128 pixels)

@@ -64,10 +64,11 @@ MIXERS = Registry('mixer',              # (dim, num_heads, grid) → nn.Module f
     attention='mixmix_nb.blocks:Attention')
 CONDITIONERS = Registry('conditioner',  # (num_classes, dim, dropout_prob) → Conditioner
     classes='mixmix_nb.conditioning:ClassLabels')
-OBJECTIVES = Registry('objective',      # (config) → Objective
+OBJECTIVES = Registry('objective',      # (config, shape) → Objective
     ddpm='mixmix_nb.likelihood:ddpm_objective', flow='mixmix_nb.flow:flow_objective')
 SAMPLERS = Registry('sampler',          # (objective, model, noise, cond, **options) → images
-    ddpm='mixmix_nb.samplers:ddpm', ddim='mixmix_nb.samplers:ddim')
+    ddpm='mixmix_nb.samplers:ddpm', ddim='mixmix_nb.samplers:ddim', euler='mixmix_nb.samplers:ddim',
+    heun='mixmix_nb.samplers:heun', dpmpp_2m='mixmix_nb.samplers:dpmpp_2m')
 DATASETS = Registry('dataset', **{      # () → dataset
     'digits': 'mixmix_nb.data:load_digits',
     'fashion-mnist': 'mixmix_nb.data:load_fashion_mnist',

@@ -6,20 +6,23 @@
 __all__ = ['Flow', 'flow_objective']
 
 # %% ../nbs/09_flow.ipynb #2f5a25c9
-import torch
+import math, torch
 from fastcore.basics import patch
+from .core import UserError
 from .diffusion import PREDICTIONS, Estimate, Objective, expand
 
 # %% ../nbs/09_flow.ipynb #692c7fba
 class Flow(Objective):
     "Flow matching on straight paths x_t = (1−t)·x_0 + t·ε (Lipman et al. 2023, Liu et al. 2023); t=1 is noise."
     def __init__(self, prediction='v', # what the network predicts: the velocity `v` = ε − x_0, `eps` or `x0`
-                 shift=1., # above 1, sampling spends more steps at high noise
+                 shift=1., # above 1, training and sampling spend more time at high noise
+                 logit_normal=None, # mean and deviation of logit(t) in training; None: uniform t
+                 v_loss=False, # take the loss on the velocity, whatever the network predicts
                 ):
         if prediction not in PREDICTIONS:
             raise ValueError(f'prediction must be one of {PREDICTIONS}, got {prediction!r}')
         if shift<=0: raise ValueError(f'shift must be positive, got {shift}')
-        self.prediction, self.shift = prediction, shift
+        self.prediction, self.shift, self.logit_normal, self.v_loss = prediction, shift, logit_normal, v_loss
 
     def alpha_sigma(self, t, # times in [0,1], (B,), or one number
                     dtype=torch.float32, # of the result
@@ -41,13 +44,14 @@ def loss(self:Flow, model, # (x, t, cond) → prediction; its timestep is 1000·
          cond, # conditioning, or None
          rand, # random numbers: `t`, `noise`
         ): # dict of (B,): `loss`, `mse`
-    "Mean squared error of the prediction at a uniform time."
-    a, s = (expand(v, x) for v in self.alpha_sigma(rand.t, x.dtype))
-    out = model(a*x+s*rand.noise, 1000*rand.t, cond).to(x.dtype)
+    "Mean squared error of the prediction, or of the velocity that it implies."
+    t = self.sample_t(rand.t)
+    a, s = (expand(v, x) for v in self.alpha_sigma(t, x.dtype))
+    out = model(a*x+s*rand.noise, 1000*t, cond).to(x.dtype)
     if out.shape!=x.shape:
         raise ValueError(f'the network gives {tuple(out.shape[1:])} for images of {tuple(x.shape[1:])}')
     mse = (self.target(x, rand.noise)-out).pow(2).flatten(1).mean(1)
-    return dict(loss=mse, mse=mse)
+    return dict(loss=mse*self.loss_weight(t) if self.v_loss else mse, mse=mse)
 
 @patch
 def denoise(self:Flow, model, # (x, t, cond) → prediction
@@ -63,16 +67,38 @@ def denoise(self:Flow, model, # (x, t, cond) → prediction
     return Estimate((x-s*out)/a.clamp(min=1e-4), out)           # at t=1 noise says nothing about the image
 
 @patch
+def shifted(self:Flow, t): # times in [0,1], of the same kind
+    "Times moved towards the noise: t → shift·t/(1+(shift−1)·t) (Esser et al. 2024, eq. 23)."
+    return self.shift*t/(1+(self.shift-1)*t)
+
+@patch
 def timesteps(self:Flow, steps): # steps+1 times from 1 to 0
-    "Evenly spaced times, shifted: t → shift·t/(1+(shift−1)·t) (Esser et al. 2024, eq. 23)."
+    "Evenly spaced times, shifted."
     if not str(steps).isdecimal() or int(steps)<1:
         raise ValueError(f'sampling steps must be a positive integer, got {steps!r}')
-    n = int(steps)
-    times = [1-i/n for i in range(n+1)]
-    return [self.shift*t/(1+(self.shift-1)*t) for t in times]
+    return [self.shifted(1-i/int(steps)) for i in range(int(steps)+1)]
+
+@patch
+def sample_t(self:Flow, u): # times in [0,1], (B,)
+    "Times of training from uniform numbers in [0,1): uniform or logit-normal (Esser et al. 2024, eq. 19), shifted."
+    if self.logit_normal:
+        mean, std = self.logit_normal
+        u = (mean + std*math.sqrt(2)*torch.erfinv(2*u-1)).sigmoid()
+    return self.shifted(u)
+
+@patch
+def loss_weight(self:Flow, t): # (B,)
+    "The squared error of the velocity, as a multiple of that of the prediction (Li & He 2025, with their clamp)."
+    if self.prediction=='v': return torch.ones_like(t)
+    return (t if self.prediction=='x0' else 1-t).clamp(min=.05)**-2
 
 # %% ../nbs/09_flow.ipynb #2ff9ed0b
-def flow_objective(config, # has `prediction` and `time_shift`
+def flow_objective(config, # has `prediction`, `time_shift`, `time_sampling`, `logit_mean`, `logit_std`, `v_loss`
+                   shape, # shape of one image or latent, (C,H,W)
                   ): # a `Flow`
-    "The objective of `--objective flow`."
-    return Flow(config.prediction or 'v', config.time_shift)
+    "The objective of `--objective flow`. Raises `UserError` if the shift is not a positive number."
+    try: shift = max(1, math.sqrt(math.prod(shape)/4096)) if config.time_shift=='auto' else float(config.time_shift)
+    except ValueError: shift = 0
+    if not 0<shift<math.inf: raise UserError(f'--time-shift must be a positive number or auto, got {config.time_shift}')
+    normal = (config.logit_mean, config.logit_std) if config.time_sampling=='logit-normal' else None
+    return Flow(config.prediction or 'v', shift, normal, config.v_loss)

@@ -137,6 +137,7 @@ def bits_per_dim(self:LearnedVariance, model, # (x, t, cond) → (B,2C,H,W)
 
 # %% ../nbs/07_likelihood.ipynb #70375e83
 def ddpm_objective(config, # has `prediction`, `schedule` and `learn_sigma`, each None for its default
+                   shape=None, # unused: what the model samples, (C,H,W)
                   ): # a `Diffusion` or `LearnedVariance`
     "The objective of `--objective ddpm`: DiT's own is ε with learned variance on the linear schedule."
     prediction = config.prediction or 'eps'

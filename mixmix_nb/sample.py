@@ -197,7 +197,7 @@ def sample(**options): # the options of `SampleConfig`
     model, trained, facts = load_model(o.ckpt, device, o.weights, given)
     for k in ('sampler', 'num_sampling_steps', 'cfg_scale'):
         if getattr(o, k) is None: setattr(o, k, getattr(trained, k))
-    objective = build_objective(trained)
+    objective = build_objective(trained, facts['shape'])
     try: objective.timesteps(o.num_sampling_steps)
     except ValueError as e: raise UserError(f'--num-sampling-steps: {e}') from None
     check_sampling(o, model, facts, given)
@@ -260,7 +260,8 @@ def render_row(model, # a `DiT`
     cond = None
     if model.y_embedder:
         cond = torch.full((n,), label) if label is not None else preview_labels(facts['num_classes'], n, 0)
-    batches = generate(build_objective(trained), model, cond, ids=range(n), shape=tuple(facts['shape']), seed=seed,
+    shape = tuple(facts['shape'])
+    batches = generate(build_objective(trained, shape), model, cond, ids=range(n), shape=shape, seed=seed,
                        conditioner=model.y_embedder, sampler='ddim', steps=steps, cfg_scale=guidance,
                        clip=facts['vae']=='none', device=model.pos_embed.device)
     x = torch.cat([x for _,x in batches])

@@ -67,9 +67,10 @@ def open_dataset(config, # a `Config`
 
 # %% ../nbs/17_train.ipynb #7d854ca7
 def build_objective(config, # a `Config`, or anything with its attributes
+                    shape, # of what the model samples, (C,H,W)
                    ): # an `Objective`
     "The objective that the options describe."
-    return OBJECTIVES[config.objective](config)
+    return OBJECTIVES[config.objective](config, shape)
 
 # %% ../nbs/17_train.ipynb #357ed6a9
 def get_facts(config, # a `Config`
@@ -250,7 +251,7 @@ def run_training(given, # options that the user gave
     config = make_config(given, args)
     with memory_errors(config), StopOnSignal(every=1 if dist.world==1 else 4) as stop:
         data, vae = open_dataset(config, device, between=stop.exit_early)
-        objective = build_objective(config)
+        objective = build_objective(config, data.info.shape)
         try: objective.timesteps(config.num_sampling_steps)
         except ValueError as e: raise UserError(f'--num-sampling-steps: {e}') from None
         for name in filter(None, (config.metrics or '').split(',')): METRICS[name]     # unknown names are an error now

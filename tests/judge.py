@@ -48,13 +48,14 @@ def frechet(m, a, b): # Fréchet distance between two sets of images in the feat
 
 def judge_run(ckpt, # a checkpoint trained on the digits
               each=50, # samples of each class, without guidance
-              reader=None): # dict: agreement, frechet, noise, floor
+              reader=None, # from `train_reader`
+              sampler=None, steps=None): # dict: agreement, frechet, noise, floor
     "How often the reader agrees with the label asked for, and the distance to real digits next to that of noise and of real to real."
     m, _ = reader or train_reader()
     model, trained, facts = load_model(ckpt)
     y = torch.arange(10).repeat_interleave(each)
-    x = torch.cat([x for _,x in generate(build_objective(trained), model, y, ids=range(len(y)), shape=tuple(facts['shape']), conditioner=model.y_embedder,
-                                         sampler=trained.sampler, steps=trained.num_sampling_steps, batch=250)])
+    x = torch.cat([x for _,x in generate(build_objective(trained, facts['shape']), model, y, ids=range(len(y)), shape=tuple(facts['shape']), conditioner=model.y_embedder,
+                                         sampler=sampler or trained.sampler, steps=steps or trained.num_sampling_steps, batch=250)])
     real = digits()[0]; half = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
     return dict(agreement=(m(x).argmax(1)==y).float().mean().item(), frechet=frechet(m, x, real), noise=frechet(m, noise, real),

@@ -20,7 +20,7 @@ class Evil:
     (dict(resume='truncated.pt'), 'truncated'), (dict(device='cuda:77'), 'is not available'), (dict(accumulate=5), 'not divisible by --accumulate 5'),
     (dict(global_batch_size=8, batch_size=4), 'pass only one of the two'), (dict(mixed_precision='fp8'), 'one of no, bf16'), (dict(compile='maybe'), 'one of auto'),
     (dict(cache_latents=True), '--vae'), (dict(results_dir=''), '--results-dir is empty'), (dict(steps=3, epochs=1), 'not both'), (dict(plugin='nobody'), 'no such module'),
-    (dict(resume='weights.pt'), 'weights only'), (dict(num_sampling_steps='2000'), '--num-sampling-steps'), (dict(sampler='euler'), 'one of ddpm, ddim'),
+    (dict(resume='weights.pt'), 'weights only'), (dict(num_sampling_steps='2000'), '--num-sampling-steps'), (dict(sampler='rk4'), 'one of ddpm, ddim'),
     (dict(metrics='fid'), "unknown metric 'fid'"),
 ], ids=lambda o: ','.join(o) if isinstance(o, dict) else '')
 def test_bad_input(options, words, tmp_path, monkeypatch):

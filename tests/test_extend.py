@@ -70,7 +70,7 @@ class Halve:
     def decode(self, z): return nn.functional.interpolate(z, scale_factor=2.)
     def fingerprint(self): return 'halve'
 
-SAMPLERS['my-euler'], OBJECTIVES['circle'], MIXERS['pool'], CONDITIONERS['vector'] = euler, lambda config: Circle(), Pool, Vector
+SAMPLERS['my-euler'], OBJECTIVES['circle'], MIXERS['pool'], CONDITIONERS['vector'] = euler, lambda config, shape: Circle(), Pool, Vector
 DATASETS['blobs'], AUTOENCODERS['halve'], MODELS['Mine'] = Blobs, Halve, lambda variant, **kw: dit(f'N/{variant}', **kw)
 METRICS['weight'] = lambda trainer: trainer.params[0].abs().mean()
 '''
