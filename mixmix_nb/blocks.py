@@ -96,8 +96,14 @@ class DiTBlock(nn.Module):
     def forward(self, x, # tokens, (B,N,D)
                 c, # conditioning vector, (B,D)
                ): # tokens, (B,N,D)
+        "The block: six vectors from `c`, and what they do to the tokens."
+        return self.modulated(x, self.adaLN_modulation(c))
+
+    def modulated(self, x, # tokens, (B,N,D)
+                  vectors, # shift, scale and gate of both branches side by side, (B,6D)
+                 ): # tokens, (B,N,D)
         "Two residual branches, token mixer and MLP, each modulated before and gated after."
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, 1)   # each (B,D)
+        shift1, scale1, gate1, shift2, scale2, gate2 = vectors.chunk(6, 1)                    # each (B,D)
         x = x + gate1[:,None]*self.attn(modulate(self.norm1(x), shift1, scale1))
         return x + gate2[:,None]*self.mlp(modulate(self.norm2(x), shift2, scale2))
 
@@ -119,5 +125,11 @@ class FinalLayer(nn.Module):
                 c, # conditioning vector, (B,D)
                ): # (B,N,p·p·C'), each patch channel last
         "The outputs for one patch per token, to be assembled by `patches.unpatchify`."
-        shift, scale = self.adaLN_modulation(c).chunk(2, 1)     # each (B,D)
+        return self.modulated(x, self.adaLN_modulation(c))
+
+    def modulated(self, x, # tokens, (B,N,D)
+                  vectors, # shift and scale side by side, (B,2D)
+                 ): # (B,N,p·p·C')
+        "The same with the vectors given."
+        shift, scale = vectors.chunk(2, 1)                      # each (B,D)
         return self.linear(modulate(self.norm_final(x), shift, scale))

@@ -161,6 +161,7 @@ class Config:
     time_shift: str = opt('1') # timestep shift of flow, above 1: more time at high noise; auto: by the size of images
     v_loss: bool = opt(False) # take the loss on the velocity, whatever the network predicts (flow)
     mixer: str = opt('attention', MIXERS) # token mixer of the blocks
+    bottleneck: int = opt(0, least=0) # numbers that a patch is first reduced to, for large patches of pixels; 0: none
     conditioner: str = opt('classes', CONDITIONERS) # what the model is conditioned on
     vae: str|None = opt() # latents of ema, mse, a hub name, a folder; none: pixels (default: ema from 128 pixels)
     cache_latents: bool = opt(False, free=True) # encode once, then train from the cache
@@ -192,8 +193,11 @@ CHANGEABLE = {f.name for f in dataclasses.fields(Config) if f.metadata['free']} 
 
 RECIPES = {                                         # options of named datasets that differ from the defaults
     'digits': dict(model='DiT-N/2', batch_size=32, steps=1600, lr=3e-3, warmup=50, lr_schedule='cosine', ema_decay=.995,
-                   prediction='v', schedule='cosine', ckpt_every=400, num_sample_images=40, num_sampling_steps='50',
-                   sampler='ddim', cfg_scale=1.5)}
+                   objective='flow', time_sampling='logit-normal', ckpt_every=400, num_sample_images=40,
+                   num_sampling_steps='10', sampler='ddim', cfg_scale=1.5),
+    'fashion-mnist': dict(model='DiT-N/4', batch_size=128, steps=1200, lr=2e-3, warmup=100, lr_schedule='cosine',
+                          ema_decay=.99, objective='flow', time_sampling='logit-normal', ckpt_every=300,
+                          num_sample_images=40, num_sampling_steps='12', sampler='heun', cfg_scale=2.)}
 
 def make_config(given, # options that the user gave
                 stored=None, # options of the run that is resumed
@@ -214,20 +218,27 @@ class SampleConfig:
     model: str|None = opt() # compared with the checkpoint: DiT-XL/2, …
     image_size: int|None = opt(least=1) # compared with the checkpoint
     num_classes: int|None = opt(least=0) # compared; needed for bare weights that were trained without label dropout
-    classes: str|None = opt() # names, or #0,#3 for positions; quote names with commas (default: each in turn)
+    classes: str|None = opt() # names, or #0,#3 for positions; quote names with commas (default: see --labels)
+    labels: str = opt('balanced', ('balanced', 'random')) # without --classes: each class in turn, or at random
     num_images: int|None = opt(least=1) # number of images (default: 16)
     num_sampling_steps: str|None = opt(alias='sample_steps') # 250, 50, ddim50, 10,10,10 (default: as in previews)
     sampler: str|None = opt(choices=SAMPLERS) # sampler (default: as in previews)
     eta: float|None = opt(least=0, below=1.0000001) # noise of ddim: 0 deterministic, 1 as much as ddpm
     cfg_scale: float|None = opt(least=0) # guidance scale, 1: none (default: as in previews)
     guide_channels: int = opt(0, least=0) # guide the first n channels only (3: as DiT does); 0: all
+    guidance_interval: str|None = opt() # guide only in this part of the way, e.g. 0.2,0.8; 0 is data, 1 noise
+    guidance_rescale: float = opt(0., least=0, below=1.0000001) # undo the contrast that guidance adds: 0 no, 1 all
     seed: int = opt(0, alias='global_seed') # random seed
     batch_size: int = opt(64, least=1) # images at a time; does not change them
     weights: str = opt('ema', ('ema', 'model')) # which weights
     mixed_precision: str = opt('no', ('no', 'bf16', 'fp16', 'best')) # 16-bit matrix products; alone: best
-    objective: str = opt('ddpm', OBJECTIVES) # objective of bare weights
+    compile: str = opt('off', ('on', 'off')) # torch.compile
+    objective: str = opt('ddpm', OBJECTIVES) # objective of bare weights; flow: those of SiT
     vae: str|None = opt() # autoencoder that decodes latents (default: the one of the run)
     each: bool = opt(False) # one PNG per image in a folder, instead of a grid
+    npz: str|None = opt() # all images in one file, uint8 (N,H,W,3), for ADM's evaluator, instead of a grid
+    interpolate: bool = opt(False) # a row per class, from one noise to another
+    trajectory: str|None = opt() # a GIF of the way from noise to the images of the grid
     out: str = opt('samples', alias='results_dir') # file of the grid (samples.png), or folder
     device: str = opt('auto') # auto, cpu, cuda, cuda:1, mps
     plugin: str|None = opt() # Python modules to import first, comma-separated

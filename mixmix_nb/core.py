@@ -65,7 +65,8 @@ MIXERS = Registry('mixer',              # (dim, num_heads, grid) → nn.Module f
 CONDITIONERS = Registry('conditioner',  # (num_classes, dim, dropout_prob) → Conditioner
     classes='mixmix_nb.conditioning:ClassLabels')
 OBJECTIVES = Registry('objective',      # (config, shape) → Objective
-    ddpm='mixmix_nb.likelihood:ddpm_objective', flow='mixmix_nb.flow:flow_objective')
+    ddpm='mixmix_nb.likelihood:ddpm_objective', flow='mixmix_nb.flow:flow_objective',
+    sit='mixmix_nb.flow:sit_objective')
 SAMPLERS = Registry('sampler',          # (objective, model, noise, cond, **options) → images
     ddpm='mixmix_nb.samplers:ddpm', ddim='mixmix_nb.samplers:ddim', euler='mixmix_nb.samplers:ddim',
     heun='mixmix_nb.samplers:heun', dpmpp_2m='mixmix_nb.samplers:dpmpp_2m')

@@ -42,6 +42,7 @@ def expand(a, # one number per sample, (B,)
 class Objective:
     "What is trained, and what sampling needs to know of it. Samplers only pass timesteps on."
     prediction, learn_sigma = 'eps', False          # learn_sigma: the network gives 2·C channels
+
     def loss(self, model, # (x, t, cond) → prediction
              x, # clean images, (B,C,H,W)
              cond, # conditioning, (B,...), or None
@@ -52,6 +53,9 @@ class Objective:
     def timesteps(self, steps): # list of n+1 numbers
         "What sampling visits, from noise to data. Raises `ValueError` for steps that are not possible."
         raise NotImplementedError
+    def model_time(self, t): # what the network is told at timesteps `t`, (B,)
+        "The timestep as the network knows it."
+        return t
     def alpha_sigma(self, t, # timesteps, (B,), or one number
                     dtype=torch.float32, # of the result; computed in float64
                    ): # α and σ of x_t = α·x_0 + σ·ε: tensors (B,), or two floats

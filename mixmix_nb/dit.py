@@ -30,12 +30,13 @@ class DiT(nn.Module):
                  learn_sigma=True, # 2·C output channels: prediction and variance
                  mixer='attention', # token mixer, a key of `core.MIXERS`
                  conditioner='classes', # what the model is conditioned on, a key of `core.CONDITIONERS`
+                 bottleneck=0, # numbers that a patch is first reduced to; 0: none
                 ):
         super().__init__()
         self.input_size, self.patch_size, self.in_channels = pair(input_size), patch_size, in_channels
         self.out_channels = 2*in_channels if learn_sigma else in_channels
         self.grid = grid_size(input_size, patch_size)
-        self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
+        self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size, bottleneck)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = None
         if num_classes: self.y_embedder = CONDITIONERS[conditioner](num_classes, hidden_size, class_dropout_prob)
@@ -69,7 +70,7 @@ def init_weights(self:DiT):
             if m.bias is not None: nn.init.zeros_(m.bias)
     self.apply(xavier)
     nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
-    nn.init.zeros_(self.x_embedder.proj.bias)
+    if self.x_embedder.proj.bias is not None: nn.init.zeros_(self.x_embedder.proj.bias)
     for i in (0, 2): nn.init.normal_(self.t_embedder.mlp[i].weight, std=.02)
     if isinstance(self.y_embedder, ClassLabels): nn.init.normal_(self.y_embedder.embedding_table.weight, std=.02)
     zero = [layer.adaLN_modulation[1] for layer in (*self.blocks, self.final_layer)]

@@ -51,15 +51,17 @@ class PatchEmbed(nn.Module):
     def __init__(self, patch, # side of a patch p, pixels
                  in_channels, # channels of the image C
                  dim, # length of a token D
+                 bottleneck=0, # first to this many numbers, then to D: for large patches (Li & He 2025); 0: none
                 ):
         super().__init__()
         self.patch = patch
-        self.proj = nn.Conv2d(in_channels, dim, patch, stride=patch)
+        self.proj = nn.Conv2d(in_channels, bottleneck or dim, patch, stride=patch, bias=not bottleneck)
+        self.expand = nn.Linear(bottleneck, dim) if bottleneck else nn.Identity()
 
     def forward(self, x, # images, (B,C,H,W), H and W divisible by p
                ): # tokens, (B,N,D)
         "One token per patch, in reading order. Raises `ValueError` if the patches do not fit."
-        return F.linear(patchify(x, self.patch), self.proj.weight.flatten(1), self.proj.bias)
+        return self.expand(F.linear(patchify(x, self.patch), self.proj.weight.flatten(1), self.proj.bias))
 
 # %% ../nbs/02_patches.ipynb #67514f15
 def sincos_1d(pos, # positions, (N,)

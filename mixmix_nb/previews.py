@@ -7,7 +7,7 @@ __all__ = ['generate', 'preview_labels', 'preview_cond', 'save_images', 'plot_cu
 
 # %% ../nbs/12_previews.ipynb #23d7def0
 import math, torch
-from .core import METRICS, SAMPLERS, atomic_write, image_grid, named_generator, rank
+from .core import METRICS, SAMPLERS, atomic_write, image_grid, in_notebook, named_generator, rank
 from .data import to_model, val_batches
 from .samplers import ImageNoise, guided
 from .trainer import Callback
@@ -26,6 +26,9 @@ def generate(objective, # an `Objective`
              steps='250', # sampling steps
              cfg_scale=1., # guidance scale; 1: none
              channels=None, # guide the first n channels only; None: all
+             interval=None, # guide only at timesteps lo ≤ t < hi of the objective
+             rescale=0., # bring the deviation of guided predictions back, 0 to 1
+             noise=ImageNoise, # called as noise(seed, ids, shape, device)
              batch=64, # images at a time
              clip=True, # clip estimates of x0 to [-1,1]: for pixels
              device='cpu', # where to sample
@@ -34,12 +37,12 @@ def generate(objective, # an `Objective`
             ): # yields ids and images (B,C,H,W)
     "Sample images in batches; the same image for (seed, id) in any batch."
     guidable = conditioner is not None and conditioner.dropout_prob>0
-    f = guided(net, conditioner, cfg_scale if guidable else 1, channels=channels, in_channels=shape[0])
+    f = guided(net, conditioner, cfg_scale if guidable else 1, channels=channels, in_channels=shape[0],
+               interval=interval, rescale=rescale)
     ids = torch.as_tensor(ids)
     for part in torch.arange(len(ids)).split(batch):
-        noise = ImageNoise(seed, ids[part].tolist(), shape, device)
-        c = None if cond is None else cond[part].to(device)
-        yield ids[part], SAMPLERS[sampler](objective, f, noise, c, steps=steps, clip=clip, bar=bar, **options)
+        c, draw = None if cond is None else cond[part].to(device), noise(seed, ids[part].tolist(), shape, device)
+        yield ids[part], SAMPLERS[sampler](objective, f, draw, c, steps=steps, clip=clip, bar=bar, **options)
 
 # %% ../nbs/12_previews.ipynb #7e881ae2
 def preview_labels(num_classes, # K
@@ -101,6 +104,7 @@ class Previews(Callback):
                  **sampling, # arguments of `generate`
                 ):
         self.run, self.n, self.every, self.decode, self.sampling = run, n, every, decode, sampling
+        self.shown = None                                               # the picture in a notebook
 
     def after_step(self, trainer): # a `Trainer`
         "Draw if it is time."
@@ -126,6 +130,15 @@ class Previews(Callback):
             out[i.to(out.device)] = x
         return d.sum(out)[:self.n]
 
+    def show(self, name): # of the picture
+        "In a notebook: samples and curves below the progress bar, in place of the ones before."
+        from IPython.display import Image, display
+        files = [self.run.samples_dir/f'{name}.png', self.run.path/'curves.png']
+        pictures = [Image(f.read_bytes(), format='png') for f in files if f.exists()]
+        if self.shown is None: self.shown = [display(p, display_id=True) for p in pictures]
+        else:
+            for handle,p in zip(self.shown, pictures): handle.update(p)
+
     def save(self, trainer, # a `Trainer`
              name, # of the picture
             ):
@@ -138,6 +151,7 @@ class Previews(Callback):
                 if self.n: save_images(self.run.samples_dir/f'{name}.png', x, k if 1<k<=min(self.n, 20) else None)
                 rows = MetricsFile(self.run.path/'metrics.csv').read()
                 if rows: plot_curves(rows, self.run.path/'curves.png')
+                if self.n and in_notebook(): self.show(name)
             except OSError as e: self.run.log(f'previews for {name} could not be written: {e.strerror or e}')
             except (RuntimeError, MemoryError) as e:
                 if not out_of_memory(e): raise

@@ -8,6 +8,7 @@ __all__ = ['ImageNoise', 'walk', 'estimate', 'posterior', 'ddpm', 'ddim', 'heun'
 
 # %% ../nbs/08_sampling.ipynb #d7872584
 import math, torch
+from functools import partial
 from itertools import pairwise
 from .core import UserError, named_generator, progress
 from .diffusion import expand
@@ -221,7 +222,7 @@ def guided(model, # (x, t, cond) → prediction (B,C',H,W)
     if scale==1: return model
     if conditioner is None or not conditioner.dropout_prob:
         raise UserError(f'guidance scale {scale:g} needs a model that was trained with dropped labels; use scale 1')
-    def both(x, t, cond):
+    def both(x, t, cond, model=model):
         if cond is None: raise ValueError('guidance needs conditioning')
         twice = torch.cat([cond, conditioner.null(len(cond)).to(cond.dtype)])
         with_cond, without = model(torch.cat([x, x]), torch.cat([t, t]), twice).chunk(2)
@@ -231,5 +232,8 @@ def guided(model, # (x, t, cond) → prediction (B,C',H,W)
             std, wanted = (expand(v[:,:n].flatten(1).std(1), x) for v in (out, with_cond))
             out = out*(1-rescale+rescale*wanted/std)
         return torch.cat([out, with_cond[:,n:]], 1)                 # (B,C',H,W)
-    if interval is not None: both.at = lambda t: both if interval[0]<=t<interval[1] else model
+    def at(t): # the model to use at a timestep, a number
+        net = model.at(t) if hasattr(model, 'at') else model
+        return partial(both, model=net) if interval is None or interval[0]<=t<interval[1] else net
+    both.at = at
     return both

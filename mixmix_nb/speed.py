@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['PRECISIONS', 'PEAKS', 'best_precision', 'choose_precision', 'precision_warning', 'with_autocast', 'make_scaler',
-           'checkpoint_blocks', 'choose_compile', 'wrap_for_training', 'mfu', 'peak_flops']
+           'checkpoint_blocks', 'Tabulated', 'choose_compile', 'wrap_for_training', 'mfu', 'peak_flops']
 
 # %% ../nbs/13_speed.ipynb #2dd35d4a
 import shutil, torch
 from functools import partial
 from torch.utils.checkpoint import checkpoint
+from .conditioning import ClassLabels
 from .core import UserError
+from .patches import unpatchify
 
 # %% ../nbs/13_speed.ipynb #132166ce
 PRECISIONS = {'no': None, 'bf16': torch.bfloat16, 'fp16': torch.float16}
@@ -61,6 +63,52 @@ def checkpoint_blocks(model, # a `DiT`, changed in place
     "Recompute each block in the backward pass instead of storing its activations (Chen et al. 2016)."
     for b in model.blocks: b.forward = partial(checkpoint, b.forward, use_reentrant=False, preserve_rng_state=False)
     return model
+
+# %% ../nbs/13_speed.ipynb #87f2cf42
+class Tabulated:
+    "A `DiT` for sampling whose adaLN vectors, for each timestep and class, are computed once."
+    def __init__(self, model, # a `DiT`, unconditional or with class labels, in any precision
+                 objective, # an `Objective`
+                 steps, # sampling steps
+                 cond=None, # all labels that will be asked for, the null class among them if guided, (N,)
+                ):
+        self.model, times, device = model, objective.timesteps(steps)[:-1], model.pos_embed.device
+        self.index = {t: i for i,t in enumerate(times)}
+        with torch.no_grad():
+            c = model.t_embedder(objective.model_time(torch.tensor(times, device=device)))[:,None]           # (S,1,D)
+            if model.y_embedder is not None:
+                labels = cond.unique().to(device)
+                self.row = torch.zeros(int(labels.max())+1, dtype=torch.long, device=device)
+                self.row[labels] = torch.arange(len(labels), device=device)
+                c = c + model.y_embedder(labels)                                                            # (S,K,D)
+            self.tables = [layer.adaLN_modulation(c) for layer in (*model.blocks, model.final_layer)]       # (S,K,6D)
+
+    @staticmethod
+    def fits(model, # any model
+             steps, # timesteps
+             labels, # different labels
+             most=2**27, # numbers in the tables
+            ): # True or False
+        "Is it a `DiT` with classes or without, and are the tables small enough?"
+        known = hasattr(model, 'y_embedder') and isinstance(model.y_embedder, (ClassLabels, type(None)))
+        return known and steps*labels*(6*len(model.blocks)+2)*model.pos_embed.shape[-1]<=most
+
+    def at(self, t): # (x, t, cond) → prediction
+        "The model at one timestep of the objective, a number."
+        return partial(self, step=self.index[t])
+
+    def __call__(self, x, # noisy images, (B,C,H,W)
+                 t=None, # unused: `step` says it
+                 cond=None, # labels, (B,)
+                 step=0, # which of the timesteps
+                ): # (B,C,H,W), or (B,2C,H,W)
+        "The prediction of the model."
+        m = self.model
+        row = torch.zeros(len(x), dtype=torch.long, device=x.device) if m.y_embedder is None else self.row[cond]
+        *tables, last = (table[step,row] for table in self.tables)                                          # (B,6D)
+        h = m.x_embedder(x.to(m.pos_embed.dtype)) + m.pos_embed
+        for block,vectors in zip(m.blocks, tables): h = block.modulated(h, vectors)
+        return unpatchify(m.final_layer.modulated(h, last), m.patch_size, m.grid).to(x.dtype)
 
 # %% ../nbs/13_speed.ipynb #ca0987a8
 def choose_compile(name, # `auto`, `on` or `off`

@@ -101,7 +101,8 @@ def build_model(config, # a `Config`, or anything with its attributes
         try:
             return make_model(config.model, input_size=tuple(size), in_channels=channels, mixer=config.mixer,
                               num_classes=facts['num_classes'], learn_sigma=facts['learn_sigma'],
-                              class_dropout_prob=config.class_dropout_prob, conditioner=config.conditioner)
+                              class_dropout_prob=config.class_dropout_prob, conditioner=config.conditioner,
+                              **dict(bottleneck=config.bottleneck) if config.bottleneck else {})
         except ValueError as e: raise UserError(str(e)) from None
 
 # %% ../nbs/17_train.ipynb #5631320a

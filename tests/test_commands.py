@@ -20,7 +20,7 @@ class Evil:
     (dict(resume='truncated.pt'), 'truncated'), (dict(device='cuda:77'), 'is not available'), (dict(accumulate=5), 'not divisible by --accumulate 5'),
     (dict(global_batch_size=8, batch_size=4), 'pass only one of the two'), (dict(mixed_precision='fp8'), 'one of no, bf16'), (dict(compile='maybe'), 'one of auto'),
     (dict(cache_latents=True), '--vae'), (dict(results_dir=''), '--results-dir is empty'), (dict(steps=3, epochs=1), 'not both'), (dict(plugin='nobody'), 'no such module'),
-    (dict(resume='weights.pt'), 'weights only'), (dict(num_sampling_steps='2000'), '--num-sampling-steps'), (dict(sampler='rk4'), 'one of ddpm, ddim'),
+    (dict(resume='weights.pt'), 'weights only'), (dict(num_sampling_steps='0'), '--num-sampling-steps'), (dict(sampler='rk4'), 'one of ddpm, ddim'),
     (dict(metrics='fid'), "unknown metric 'fid'"),
 ], ids=lambda o: ','.join(o) if isinstance(o, dict) else '')
 def test_bad_input(options, words, tmp_path, monkeypatch):
@@ -66,14 +66,6 @@ def test_sample_depends_on_the_seed_alone(run, tmp_path):
         return np.asarray(Image.open(tmp_path/name)).astype(int)
     a, b, c = draw('a.png', '--batch-size', 12), draw('b.png', '--batch-size', 5), draw('c.png', '--seed', 1)
     assert abs(a-b).max()<=1 and abs(a-c).max()>50
-    # under torchrun, each of two ranks writes its own images, and they are the same
-    for rank in (0, 1):
-        r = python('-m', 'mixmix_nb.sample', '--ckpt', run, '--num-sampling-steps', 10, '--sampler', 'ddpm', '--num-images', 12, '--each', '--out', 'each', cwd=tmp_path, RANK=rank, WORLD_SIZE=2)
-        assert r.returncode==0 and len(list((tmp_path/'each').glob('*.png')))==6*(rank+1), r.stderr
-    each = np.asarray(Image.open(next((tmp_path/'each').glob('000001_*.png')))).astype(int)
-    size = 8*8
-    top, left = 2, 2+(size+2)
-    assert abs(a[top:top+size, left:left+size][::8,::8]-each).max()<=1
 
 def test_class_names_come_first(run):
     from mixmix_nb.sample import class_ids
