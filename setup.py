@@ -23,7 +23,7 @@ setup(
     include_package_data=True,
     python_requires='>='+cfg['min_python'],
     install_requires=cfg['requirements'].split(),
-    extras_require={'dev': cfg['dev_requirements'].split(), 'tensorboard': ['tensorboard'], 'wandb': ['wandb']},
+    extras_require={'dev': cfg['dev_requirements'].split(), 'tensorboard': ['tensorboard'], 'wandb': ['wandb'], 'fidelity': ['torch-fidelity']},
     classifiers=[
         'Development Status :: ' + statuses[int(cfg['status'])],
         'Intended Audience :: Developers', 'Intended Audience :: Science/Research', 'Intended Audience :: Education',

@@ -6,8 +6,9 @@
 __all__ = ['weights_hash', 'claim', 'draw_missing', 'write_npz', 'read_request']
 
 # %% ../nbs/18_bulk.ipynb #7cc6856d
-import hashlib, json, zipfile
+import hashlib, json, torch, zipfile
 import numpy as np
+from filelock import FileLock, Timeout
 from .core import UserError, atomic_write, progress
 
 # %% ../nbs/18_bulk.ipynb #9946c5d8
@@ -15,32 +16,38 @@ def weights_hash(model, # an nn.Module
                 ): # 16 hexadecimal digits
     "What identifies the weights."
     h = hashlib.blake2b(digest_size=8)
-    for p in model.parameters(): h.update(p.detach().cpu().contiguous().numpy().tobytes())
+    for p in model.parameters(): h.update(p.detach().cpu().contiguous().view(torch.uint8).numpy())
     return h.hexdigest()
 
 def claim(folder, # where the parts are, or will be
           request, # plain values: all that the images depend on
-         ):
-    "Make the folder of a request, or continue it. Raises `UserError` if it holds anything else."
-    note = folder/'request.json'
+         ): # a lock, held while it is kept
+    "Make the folder of a request, or continue it. Raises `UserError` if it holds anything else, or is in use."
+    note, lock = folder/'request.json', FileLock(folder/'.lock')
     if note.exists():
         there = json.loads(note.read_text())
         differ = ', '.join(k for k in request if there.get(k)!=request[k])
         if differ: raise UserError(f'{folder} holds images of another run (different {differ}); choose another name')
-    elif folder.is_dir() and any(folder.iterdir()): raise UserError(f'{folder} is not empty; choose another name')
-    else: atomic_write(note, lambda f: f.write(json.dumps(request).encode()))
+    elif folder.is_dir() and any(f.name!='.lock' for f in folder.iterdir()):
+        raise UserError(f'{folder} is not empty; choose another name')
+    folder.mkdir(parents=True, exist_ok=True)
+    try: lock.acquire(timeout=1)
+    except Timeout: raise UserError(f'{folder} is in use by another process') from None
+    if not note.exists(): atomic_write(note, lambda f: f.write(json.dumps(request).encode()))
+    return lock
 
 # %% ../nbs/18_bulk.ipynb #15bec91c
 def draw_missing(parts, # numbers of the images of each part, a list of tensors
                  done, # numbers → is the part written?
                  draw, # numbers → images
-                 write, # called as write(numbers, images); must be atomic
+                 write, # called as write(numbers, images)
                  dist, # `Distributed` or `SingleProcess`
                 ):
     "Draw and write the parts that are not there yet, each by one process. Returns when all are."
     missing = dist.from_rank0(lambda: [k for k,ids in enumerate(parts) if not done(ids)])
-    for k in progress(missing[dist.rank::dist.world]): write(parts[k], draw(parts[k]))
-    dist.any(False)
+    for first in progress(range(0, len(missing), dist.world)):
+        for k in missing[first+dist.rank:first+dist.rank+1]: write(parts[k], draw(parts[k]))
+        dist.any(False)                                             # keeps slow and fast processes within one part
 
 # %% ../nbs/18_bulk.ipynb #6ca1ff0b
 def write_npz(path, # where to
@@ -69,5 +76,5 @@ def read_request(path, # an .npz of `write_npz`
     "The request of a finished file. Raises `UserError` if it is another kind of file."
     try:
         with np.load(path) as d: return json.loads(str(d['request']))
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+    except (OSError, EOFError, TypeError, ValueError, KeyError, zipfile.BadZipFile):
         raise UserError(f'{path} is there already and was not written by this command; choose another name') from None

@@ -104,7 +104,7 @@ def distributed(device, # `auto`, `cpu`, `cuda`
         lost = isinstance(e, dist.DistError) or any(s in str(e) for s in ('gloo', 'NCCL', 'Connection', 'imed out'))
         if not lost: raise
         raise RunError(f'rank {rank()}: another process of this run died or stopped responding ({first[:160]}). '
-                       'Its own output says why. Saved checkpoints are intact; continue with --resume auto') from None
+                       'Its output says why. What was saved is intact; start again (train: --resume auto)') from None
 
 # The last barrier is kept: if gloo's thread freed it while Python ends, the process would abort.
 _KEPT = []

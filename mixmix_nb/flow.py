@@ -37,8 +37,8 @@ class Flow(Objective):
                     dtype=torch.float32, # of the result
                    ): # 1−t and t
         "x_t = (1−t)·x_0 + t·ε."
-        if torch.is_tensor(t): return (1-t.double()).to(dtype), t.to(dtype)
-        return 1-float(t), float(t)
+        t = t.to(dtype) if torch.is_tensor(t) else float(t)
+        return 1-t, t
 
     def target(self, x0, # clean images, (B,C,H,W)
                noise, # noise, (B,C,H,W)

@@ -73,7 +73,8 @@ def save_weights(ckpt, # a checkpoint or the folder of a run
                  weights='ema', # `ema` or `model`
                  dtype=torch.float16, # of the weights in the file
                 ):
-    "Weights, options and facts alone, to be given away."
+    "Weights, options and facts alone, to be given away. Raises `UserError` for another kind of file name."
+    if Path(path).suffix!='.safetensors': raise UserError(f'{path} must end in .safetensors')
     model, trained, facts = load_model(ckpt, weights=weights)
     state = {k: v.to(dtype).contiguous() for k,v in model.state_dict().items()}
     note = json.dumps(dict(args=vars(trained), facts=facts), sort_keys=True)

@@ -11,6 +11,10 @@ import shutil, torch
 from functools import partial
 from torch.utils.checkpoint import checkpoint
 from .conditioning import ClassLabels
+from .diffusion import Diffusion
+from .dit import DiT
+from .flow import Flow
+from .likelihood import LearnedVariance
 from .core import UserError
 from .patches import unpatchify
 
@@ -85,25 +89,29 @@ class Tabulated:
 
     @staticmethod
     def fits(model, # any model
-             steps, # timesteps
-             labels, # different labels
+             objective, # any `Objective`
+             steps, # number of timesteps
+             labels, # number of different labels
              most=2**27, # numbers in the tables
             ): # True or False
-        "Is it a `DiT` with classes or without, and are the tables small enough?"
-        known = hasattr(model, 'y_embedder') and isinstance(model.y_embedder, (ClassLabels, type(None)))
-        return known and steps*labels*(6*len(model.blocks)+2)*model.pos_embed.shape[-1]<=most
+        "Is it a plain `DiT`, with class labels or without, an objective that tells it the time, and small enough?"
+        known = isinstance(model, DiT) and type(model).forward is DiT.forward
+        known = known and isinstance(model.y_embedder, (ClassLabels, type(None)))
+        told = getattr(type(objective), 'denoise', None) in (Diffusion.denoise, LearnedVariance.denoise, Flow.denoise)
+        return known and told and steps*labels*(6*len(model.blocks)+2)*model.pos_embed.shape[-1]<=most
 
     def at(self, t): # (x, t, cond) → prediction
         "The model at one timestep of the objective, a number."
-        return partial(self, step=self.index[t])
+        return partial(self, step=self.index.get(t))
 
     def __call__(self, x, # noisy images, (B,C,H,W)
-                 t=None, # unused: `step` says it
+                 t, # timesteps as the model knows them, (B,)
                  cond=None, # labels, (B,)
-                 step=0, # which of the timesteps
+                 step=None, # which of the timesteps; None: none of those in the tables
                 ): # (B,C,H,W), or (B,2C,H,W)
         "The prediction of the model."
         m = self.model
+        if step is None: return m(x.to(m.pos_embed.dtype), t, cond).to(x.dtype)
         row = torch.zeros(len(x), dtype=torch.long, device=x.device) if m.y_embedder is None else self.row[cond]
         *tables, last = (table[step,row] for table in self.tables)                                          # (B,6D)
         h = m.x_embedder(x.to(m.pos_embed.dtype)) + m.pos_embed

@@ -3,7 +3,7 @@
     python tests/fidelity.py A.npz B.npz           two files of `python -m mixmix_nb.sample --npz`
     python tests/fidelity.py --table               write nbs/fidelity.csv (an hour on one CPU core; continues)
 
-torch-fidelity computes the distance (`pip install torch-fidelity`); the features are the 1,280 that MobileNetV2 of
+torch-fidelity computes the distance (`pip install 'mixmix_nb[fidelity]'`); the features are the 1,280 that MobileNetV2 of
 torchvision gives before its classifier, for images scaled to 96 pixels. This is not FID, which needs InceptionV3: compare
 its numbers only with each other. Sampling without guidance, labels balanced, 5,000 images; the floor is the distance of
 5,000 training images from the 5,000 others that samples are compared with.

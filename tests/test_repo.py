@@ -156,5 +156,7 @@ def test_wheel_from_sdist_trains_and_samples(tmp_path):
     assert r.returncode==0, r.stderr
     r = python('-m', 'mixmix_nb.sample', '--ckpt', 'results/000-DiT-N-2', '--num-sampling-steps', 2, cwd=tmp_path, **env)
     assert r.returncode==0 and (tmp_path/'samples.png').exists(), r.stderr
+    r = python('-m', 'mixmix_nb.sample', '--ckpt', 'fashion-mnist', '--num-sampling-steps', 2, '--out', 'clothes', cwd=tmp_path, **env)
+    assert r.returncode==0 and (tmp_path/'clothes.png').exists(), r.stderr
     scripts = (tmp_path/'site').glob('*.dist-info/entry_points.txt')
     assert 'mixmix-train' in next(scripts).read_text()

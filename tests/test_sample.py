@@ -44,3 +44,30 @@ def test_a_folder_of_images(run, alone, tmp_path):
     assert r.returncode==0, r.stderr
     with np.load(run.parent/'one.npz') as d: images, labels = d['arr_0'], d['arr_1']
     for i in range(60): assert (np.asarray(Image.open(tmp_path/'each'/f'{i:06d}_{labels[i]}.png'))==images[i]).all()
+
+def test_half_precision_and_the_way_there(run, tmp_path):
+    "bf16 gives nearly the same images; a film of the way has its frames."
+    def draw(*more): return python(*command(run, *more), cwd=tmp_path)
+    a, b = draw('--npz', 'a', '--labels', 'balanced'), draw('--npz', 'b', '--labels', 'balanced', '--mixed-precision', 'bf16')
+    assert a.returncode==b.returncode==0, a.stderr+b.stderr
+    with np.load(tmp_path/'a.npz') as x, np.load(tmp_path/'b.npz') as y: gap = abs(x['arr_0'].astype(int)-y['arr_0'])
+    assert 0<gap.mean()<3, gap.mean()
+    r = python('-m', 'mixmix_nb.sample', '--ckpt', run, '--num-sampling-steps', 4, '--num-images', 10, '--trajectory', 'way', cwd=tmp_path)
+    assert r.returncode==0 and Image.open(tmp_path/'way.gif').n_frames==4, r.stderr
+
+@pytest.mark.parametrize('options,words', [
+    (['--sampler', 'heun', '--eta', 0], '--eta is for'), (['--cfg-scale', 1, '--guidance-rescale', .5], 'does nothing without guidance'),
+    (['--labels', 'random', '--classes', '3'], 'without --classes'), (['--npz', 'a', '--out', 'b'], 'omit --out'), (['--out', '.'], 'names no file'),
+    (['--trajectory', '.'], '--trajectory . names no file'), (['--interpolate', '--sampler', 'ddpm'], 'without new noise'), (['--guidance-interval', '.8,.2'], 'must look like'),
+    (['--npz', 'there'], 'was not written by this command'), (['--each', '--out', 'full'], 'is not empty'), (['--num-sampling-steps', 0], 'positive integer')])
+def test_bad_input(run, tmp_path, options, words):
+    from mixmix_nb.config import SampleConfig, parse
+    from mixmix_nb.core import UserError
+    from mixmix_nb.sample import sample
+    (tmp_path/'full').mkdir()
+    for f in ('there.npz', 'full/a.txt'): (tmp_path/f).write_bytes(b'')
+    before = sorted(tmp_path.rglob('*'))
+    with pytest.MonkeyPatch.context() as m:
+        m.chdir(tmp_path)
+        with pytest.raises(UserError, match=words): sample(**parse(SampleConfig, ['--ckpt', str(run), *map(str, options)]))
+    assert sorted(tmp_path.rglob('*'))==before, 'nothing may be written'
