@@ -16,7 +16,7 @@ def weights_hash(model, # an nn.Module
                 ): # 16 hexadecimal digits
     "What identifies the weights."
     h = hashlib.blake2b(digest_size=8)
-    for p in model.parameters(): h.update(p.detach().cpu().contiguous().view(torch.uint8).numpy())
+    for p in model.parameters(): h.update(p.detach().cpu().flatten().view(torch.uint8).numpy())
     return h.hexdigest()
 
 def claim(folder, # where the parts are, or will be
