@@ -120,7 +120,7 @@ def prepare(o, # a `SampleConfig`; what was not given is filled in
            ): # a namespace: n images, `draw(ids)`, `decode`, cond, labels or None, class names, request
     "Everything that can be wrong, and then a function that draws images by number."
     model, trained, facts = load_model(o.ckpt, device, o.weights, given)
-    weights = weights_hash(model)
+    weights = weights_hash(model) if o.each or o.npz else None       # seconds for a large model; a grid needs none
     for k in ('sampler', 'num_sampling_steps', 'cfg_scale'):
         if getattr(o, k) is None: setattr(o, k, getattr(trained, k))
     shape = tuple(facts['shape'])
