@@ -26,7 +26,7 @@ from .distributed import distributed
 from .samplers import ImageNoise, slerp
 from .load import class_ids, class_names, load_model, make_decoder
 from .previews import generate, preview_labels, save_images
-from .speed import PRECISIONS, Tabulated, choose_compile, choose_precision
+from .speed import PRECISIONS, Tabulated, choose_compile, choose_precision, use_onednn
 from .trainer import SingleProcess
 from .train import build_objective
 from .config import SampleConfig, check_options, flag, import_plugins
@@ -163,6 +163,7 @@ def fast_model(o, # a `SampleConfig`
         labels = torch.cat([labels, model.y_embedder.null(1).cpu()])
     dtype, steps = PRECISIONS[precision] or torch.float32, len(objective.timesteps(o.num_sampling_steps))
     model = model.to(dtype)
+    use_onednn(model, device)
     if o.compile=='on' and choose_compile('on', device, 0): model = torch.compile(model, dynamic=False)
     elif Tabulated.fits(model, objective, steps, 1 if labels is None else len(labels)):
         return Tabulated(model, objective, o.num_sampling_steps, labels)

@@ -4,11 +4,14 @@
 
 # %% auto #0
 __all__ = ['PRECISIONS', 'PEAKS', 'best_precision', 'choose_precision', 'precision_warning', 'with_autocast', 'make_scaler',
-           'checkpoint_blocks', 'Tabulated', 'choose_compile', 'wrap_for_training', 'mfu', 'peak_flops']
+           'checkpoint_blocks', 'onednn_linear', 'OneDNNLinear', 'use_onednn', 'Tabulated', 'choose_compile',
+           'wrap_for_training', 'mfu', 'peak_flops']
 
 # %% ../nbs/13_speed.ipynb #2dd35d4a
 import shutil, torch
 from functools import partial
+from typing import Optional
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 from .conditioning import ClassLabels
 from .diffusion import Diffusion
@@ -67,6 +70,48 @@ def checkpoint_blocks(model, # a `DiT`, changed in place
     "Recompute each block in the backward pass instead of storing its activations (Chen et al. 2016)."
     for b in model.blocks: b.forward = partial(checkpoint, b.forward, use_reentrant=False, preserve_rng_state=False)
     return model
+
+# %% ../nbs/13_speed.ipynb #d536326c
+@torch.library.custom_op('mixmix_nb::linear', mutates_args=())      # an operator of its own: `torch.compile` keeps it
+def onednn_linear(x: torch.Tensor, # (…,K), fp32 on a CPU
+                  w: torch.Tensor, # (N,K)
+                  b: Optional[torch.Tensor]=None, # (N,)
+                 ) -> torch.Tensor: # (…,N)
+    "x·wᵀ+b by oneDNN."
+    return torch.ops.mkldnn._linear_pointwise(x, w, b, 'none', [], '')
+onednn_linear.register_fake(lambda x, w, b=None: x.new_empty(*x.shape[:-1], len(w)))
+
+class _Product(torch.autograd.Function):
+    "`onednn_linear` with a gradient, which consists of products, too."
+    @staticmethod
+    def forward(ctx, x, w, b):
+        ctx.save_for_backward(x, w)
+        return onednn_linear(x, w, b)
+
+    @staticmethod
+    def backward(ctx, g):
+        x, w = ctx.saved_tensors
+        rows, inputs = g.flatten(0, -2), x.flatten(0, -2)
+        dx = onednn_linear(g, w.t()) if ctx.needs_input_grad[0] else None
+        return dx, onednn_linear(rows.t(), inputs.t()), rows.sum(0) if ctx.needs_input_grad[2] else None
+
+class OneDNNLinear(nn.Linear):
+    "A linear layer whose fp32 products oneDNN computes."
+    def forward(self, x, # (…,K)
+               ): # (…,N)
+        "x·Wᵀ+b; in 16 bits as PyTorch does it."
+        if x.dtype!=torch.float32 or torch.is_autocast_enabled('cpu'): return super().forward(x)
+        return _Product.apply(x, self.weight, self.bias)
+
+def use_onednn(model, # a module, changed in place
+               device, # a torch.device
+              ): # were there layers to change?
+    "Let oneDNN compute the linear layers' fp32 products where PyTorch's own are slow: on AMD processors."
+    name = getattr(torch.cpu, 'get_capabilities', dict)().get('cpu_name', '')               # newer versions of PyTorch
+    if device.type!='cpu' or 'AMD' not in name: return False
+    linears = [m for m in model.modules() if type(m) is nn.Linear]
+    for m in linears: m.__class__ = OneDNNLinear
+    return bool(linears)
 
 # %% ../nbs/13_speed.ipynb #87f2cf42
 class Tabulated:

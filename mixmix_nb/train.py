@@ -24,7 +24,7 @@ from .dit import make_model, num_macs, num_params
 from .distributed import distributed
 from .runs import Checkpoints, Logger, Run, StopOnSignal, new_run, out_of_memory
 from .previews import Evaluate, Previews, Validation
-from .speed import (choose_compile, choose_precision, make_scaler, mfu, peak_flops, precision_warning,
+from .speed import (choose_compile, choose_precision, make_scaler, mfu, peak_flops, precision_warning, use_onednn,
                              with_autocast, wrap_for_training)
 from .trainer import Trainer
 from .vae import load_vae
@@ -169,6 +169,7 @@ def make_trainer(config, # a `Config`
         torch.set_float32_matmul_precision('high')                  # TF32
         torch.backends.cudnn.allow_tf32 = True
     model = build_model(config, facts)
+    onednn = use_onednn(model, device)
     wrap = partial(wrap_for_training, compiled=compiled, by_block=config.shard, grad_checkpoint=config.grad_checkpoint,
                    distribute=dist.wrap if dist.world>1 else None)
     same = {k: getattr(config, k) for k in ('seed', 'lr', 'warmup', 'lr_schedule', 'weight_decay', 'beta2', 'grad_clip',
@@ -182,8 +183,8 @@ def make_trainer(config, # a `Config`
              'mirrored at random' if facts['flip'] else 'not mirrored': True,
              f'latents of {facts["vae"]}': facts['vae']!='none', f'{steps} steps of {batch} on {device}': True,
              f'{dist.world} processes': several, 'FSDP': several and config.shard, precision: precision!='no',
-             'compiled': compiled, f'{config.accumulate} parts per step': config.accumulate>1,
-             'activation checkpointing': config.grad_checkpoint}
+             'products by oneDNN': onednn and precision=='no', 'compiled': compiled,
+             f'{config.accumulate} parts per step': config.accumulate>1, 'activation checkpointing': config.grad_checkpoint}
     warning = precision_warning(precision, device)
     return trainer, [', '.join(k for k,v in about.items() if v), *([warning] if warning else [])]
 

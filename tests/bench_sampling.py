@@ -12,7 +12,7 @@ from torch.utils.benchmark import timer
 from mixmix_nb.diffusion import Diffusion
 from mixmix_nb.dit import make_model
 from mixmix_nb.samplers import ImageNoise, ddim, guided
-from mixmix_nb.speed import PRECISIONS, Tabulated
+from mixmix_nb.speed import PRECISIONS, Tabulated, use_onednn
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 for name,default in (('--images', 8), ('--steps', 50), ('--rounds', 3)): parser.add_argument(name, type=int, default=default)
@@ -40,6 +40,7 @@ def theirs(dtype): # a function of no arguments
 def ours(precision):
     torch.manual_seed(0)
     model, objective = make_model('DiT-S/4', learn_sigma=False).to(device, PRECISIONS[precision]).eval(), Diffusion()
+    use_onednn(model, device)
     every = torch.cat([labels, labels.new_full((1,), 1000)])
     def draw():
         net = guided(Tabulated(model, objective, args.steps, every), model.y_embedder, 4.)

@@ -27,10 +27,12 @@ def make_new(precision): # a function of no arguments: one step
     from mixmix_nb.dit import make_model
     from mixmix_nb.likelihood import ddpm_objective
     from mixmix_nb.config import Config
-    from mixmix_nb.speed import with_autocast
+    from mixmix_nb.speed import use_onednn, with_autocast
     from mixmix_nb.trainer import Trainer
     data = TensorData(x, y, DataInfo('random', (4, 32, 32), [str(i) for i in range(1000)]))
-    trainer = Trainer(make_model('DiT-S/4'), ddpm_objective(Config()), data, batch=args.batch, device=device,
+    model = make_model('DiT-S/4')
+    use_onednn(model, device)
+    trainer = Trainer(model, ddpm_objective(Config()), data, batch=args.batch, device=device,
                       autocast=partial(with_autocast, precision=precision, device=device))
     stream = batches(data, seed=0, batch=args.batch, start=0, stop=10**6)
     return lambda: trainer.train_step(*next(stream)[:2])
