@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['CHANGEABLE', 'RECIPES', 'ONLY', 'COMMANDS', 'train_command', 'sample_command', 'latents_command', 'coco_command',
-           'opt', 'option_type', 'flag', 'check_option', 'did_you_mean', 'on_off', 'Parser', 'make_parser',
-           'import_plugins', 'parse', 'check_options', 'Config', 'make_config', 'SampleConfig', 'LatentsConfig',
-           'CocoConfig', 'main']
+           'benchmark_command', 'opt', 'option_type', 'flag', 'check_option', 'did_you_mean', 'on_off', 'Parser',
+           'make_parser', 'import_plugins', 'parse', 'check_options', 'Config', 'make_config', 'SampleConfig',
+           'LatentsConfig', 'CocoConfig', 'BenchmarkConfig', 'main']
 
 # %% ../nbs/17_config.ipynb #cac4e130
 import argparse, dataclasses, difflib, importlib, math, os, sys, typing
@@ -278,10 +278,23 @@ class CocoConfig:
     base_url: str = opt('https://images.cocodataset.org') # address of a mirror
     keep_zips: bool = opt(False) # keep the archives after unpacking
 
+@dataclass
+class BenchmarkConfig:
+    "Time training steps and sampling beside diffusers and a plain DiT, on this device."
+    model: str = opt('DiT-S/4') # models, comma-separated
+    batch_size: int = opt(8, least=1) # images per step
+    rounds: int = opt(9, least=1) # turns of each
+    num_sampling_steps: int = opt(10, least=1) # sampling steps
+    compile: bool = opt(False) # ours by torch.compile, too
+    peer: str|None = opt() # official=FOLDER: also the model of a checkout of facebookresearch/DiT
+    device: str = opt('auto') # auto, cpu, cuda, cuda:1, mps
+    out: str = opt('benchmark', alias='results_dir') # folder for the table and the figure
+
 # %% ../nbs/17_config.ipynb #2be21fcf
 COMMANDS = {'train': (Config, 'interrupted; continue with --resume auto'), 'sample': (SampleConfig, 'interrupted'),
             'latents': (LatentsConfig, 'interrupted; run the same command again to continue'),
-            'coco': (CocoConfig, 'interrupted; run the same command again to continue')}
+            'coco': (CocoConfig, 'interrupted; run the same command again to continue'),
+            'benchmark': (BenchmarkConfig, 'interrupted')}
 
 def main(name, # a key of `COMMANDS`: module and function have this name
          argv=None, # the arguments; those of the process by default
@@ -294,4 +307,4 @@ def main(name, # a key of `COMMANDS`: module and function have this name
         return result if isinstance(result, int) else 0
     run_command(run, interrupted)
 
-train_command, sample_command, latents_command, coco_command = (partial(main, name) for name in COMMANDS)
+train_command, sample_command, latents_command, coco_command, benchmark_command = (partial(main, k) for k in COMMANDS)

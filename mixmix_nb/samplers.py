@@ -168,7 +168,7 @@ def diffusers_sampler(scheduler, # a scheduler of diffusers, with the noise sche
     kind = getattr(scheduler.config, 'prediction_type', 'flow_prediction')
     @torch.no_grad()
     def sampler(objective, model, noise, cond=None, *, steps=50, clip=False, bar=False, callback=None):
-        scheduler.set_timesteps(int(steps))
+        scheduler.set_timesteps(len(objective.timesteps(steps))-1)
         x, times = noise()*getattr(scheduler, 'init_noise_sigma', 1.), scheduler.timesteps
         for i,t in enumerate(progress(times) if bar else times):
             at = int(t) if hasattr(objective, 'T') else float(t)/scheduler.config.num_train_timesteps
