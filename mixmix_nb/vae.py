@@ -27,11 +27,11 @@ class VAE:
         if c.get('latents_mean') or c.get('latents_std'):
             mean, std = c.get('latents_mean') or [], c.get('latents_std') or []
         if self.rae: scale, mean, std = 1., [0.], [1.]
-        if {len(mean), len(std)}-{1, self.channels} or min(std)<=0:
+        shift, std = (torch.tensor(v, dtype=torch.float64).view(-1, 1, 1) for v in (mean, std))
+        if {len(shift), len(std)}-{1, self.channels} or not (std>0).all():
             raise UserError(f'--vae {name}: latents_mean and latents_std must have {self.channels} values each, '
                             'the latter above 0')
-        column = lambda v: torch.tensor(v, dtype=torch.float64).view(-1, 1, 1)
-        self.shift, self.scale = (v.float().to(self.device) for v in (column(mean), scale/column(std)))    # (C,1,1)
+        self.shift, self.scale = (v.float().to(self.device) for v in (shift, scale/std))        # (C,1,1)
 
     @torch.no_grad()
     def probe(self):
@@ -45,8 +45,9 @@ class VAE:
             _, self.channels, side, _ = z.shape
             _, _, size, _ = shadow.decode(z, return_dict=False)[0].shape
         except Exception as e:                                      # whatever a model for something else may raise
+            why = str(e).splitlines()[0][:100] if str(e) else type(e).__name__
             raise UserError(f'--vae {self.name}: {type(m).__name__} does not turn images into latents and back '
-                            f'({str(e).splitlines()[0] if str(e) else type(e).__name__}); is it for video?') from None
+                            f'({why}); is it for video?') from None
         self.factor, self.size = size//side, None if size==640 else size    # some know one size only
 
     def latent_size(self, size): # side of the latents
