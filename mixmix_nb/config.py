@@ -260,6 +260,7 @@ class LatentsConfig:
     vae: str = opt('ema') # autoencoder: ema, mse, a hub name or a folder
     image_size: int|None = opt(least=1) # side of the images in pixels (default: 256; named datasets have their own)
     flip: bool|None = opt() # encode mirrored images too (default: on for photographs)
+    measure: bool = opt(False) # write to --out a copy of --vae with measured mean and deviation per latent channel
     mean_only: bool = opt(False) # leave out the standard deviations: half the disk space, no fresh samples
     batch_size: int = opt(16, least=1) # images at a time
     num_workers: int|None = opt(least=0) # processes that decode images (default: one per core, at most 4)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['VERSION', 'LOCKS', 'sample_posterior', 'EncodedData', 'manifest', 'read_index', 'is_cache', 'check_manifest',
-           'shard_path', 'is_whole', 'encode_shard', 'encode', 'start_cache', 'LatentData', 'open_cache', 'latents']
+           'shard_path', 'is_whole', 'encode_shard', 'encode', 'start_cache', 'LatentData', 'open_cache', 'measure',
+           'latents']
 
 # %% ../nbs/16_latents.ipynb #018a1e80
 if __name__=='__main__' and '__file__' in globals():     # a command: parse the options before torch is imported
@@ -12,13 +13,14 @@ if __name__=='__main__' and '__file__' in globals():     # a command: parse the 
     main('latents')
 
 # %% ../nbs/16_latents.ipynb #882108c7
-import json, math, os, sys, time, torch
+import copy, json, math, os, sys, time, torch
 import torch.distributed as dist
 from datetime import timedelta
 from filelock import FileLock, Timeout
 from pathlib import Path
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tempfile import TemporaryDirectory
 from torch.utils.data import Dataset
 from .core import RunError, UserError, atomic_write, check_disk, progress, rank, world_size
 from .data import DataInfo, TensorData, fingerprint, load, open_data, to_model
@@ -286,6 +288,40 @@ def open_cache(path, # a folder
     if broken: raise UserError(f'{shard_path(folder, broken[0]).name} in {folder} is missing or damaged; {again}')
     return LatentData(folder, meta)
 
+# %% ../nbs/16_latents.ipynb #b802031a
+def measure(data, # a dataset of images
+            vae, # a `VAE`
+            out, # folder to make
+            *,
+            batch=16, # images at a time
+            workers=0, # decoding processes
+            most=10_000, # images, taken at even distances
+           ): # mean and standard deviation of the unscaled latents, (C,) float64 each
+    """Measure each latent channel and write a copy of the autoencoder with `latents_mean` and `latents_std`.
+    Raises `UserError` if the folder exists or there is nothing to measure."""
+    folder = Path(out).expanduser()
+    if folder.exists(): raise UserError(f'--out {out} exists; --measure writes a new folder')
+    if world_size()>1: raise UserError('--measure runs in one process')
+    if not hasattr(vae, 'model') or vae.rae:
+        raise UserError(f'--vae {vae.name} normalises its latents itself; there is nothing to measure')
+    check_disk(folder, sum(t.numel()*4 for t in vae.model.state_dict().values()), 'the autoencoder takes')
+    n, total, squares = 0, 0., 0.
+    chunks = torch.arange(0, len(data), -(-len(data)//most)).split(batch)
+    for x,_,_ in load(data, [i.tolist() for i in progress(chunks)], workers):
+        mean, std = (m.cpu().double() for m in vae.moments(to_model(data, x.to(vae.device), False, None)))
+        n += mean[:,0].numel()
+        total, squares = total + mean.sum((0, 2, 3)), squares + (mean.square()+std.square()).sum((0, 2, 3))
+    shift, scale = (s.flatten().cpu().double() for s in (vae.shift, vae.scale))
+    mean, std = total/n/scale + shift, (squares/n-(total/n).square()).sqrt()/scale
+    if not (std>0).all(): raise UserError(f'the latents of {vae.name} are constant or not finite; nothing to measure')
+    model = copy.copy(vae.model)                                    # with a config of its own
+    model.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist(), scaling_factor=1., shift_factor=0.)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix='.', dir=folder.parent) as tmp:
+        model.save_pretrained(Path(tmp)/'vae')
+        os.replace(Path(tmp)/'vae', folder)
+    return mean, std
+
 # %% ../nbs/16_latents.ipynb #3f192386
 def latents(**options): # the options of `LatentsConfig`
     "Encode a dataset once, for `train --data-path FOLDER`; under torchrun with all processes. Returns the folder."
@@ -296,6 +332,12 @@ def latents(**options): # the options of `LatentsConfig`
     data = open_data(o.data_path, o.image_size)
     workers = min(4, os.cpu_count() or 1) if o.num_workers is None else o.num_workers
     with distributed(o.device) as (device, _):
+        if o.measure:
+            mean, std = measure(data, load_vae(o.vae, device), o.out, batch=o.batch_size, workers=workers)
+            print(f'{o.out}: --vae {o.vae} with statistics: channel means {mean.min():.3g} to {mean.max():.3g}, '
+                  f'standard deviations {std.min():.3g} to {std.max():.3g}')
+            print(f'use them: --vae {o.out}')
+            return o.out
         folder = encode(data, load_vae(o.vae, device), o.out, flip=o.flip, mean_only=o.mean_only, batch=o.batch_size,
                         workers=workers, shard_size=o.shard_size)
     if rank()==0:

@@ -6,30 +6,54 @@
 __all__ = ['VAE', 'load_vae']
 
 # %% ../nbs/15_vae.ipynb #0ba69690
-import hashlib, json, torch
+import copy, hashlib, json, torch
 from pathlib import Path
 from .core import AUTOENCODERS, UserError
 from .speed import PRECISIONS, best_precision
 
 # %% ../nbs/15_vae.ipynb #573e2350
 class VAE:
-    "A frozen autoencoder of diffusers: images in [-1,1] on one side, scaled latents on the other."
-    def __init__(self, model, # an `AutoencoderKL` or `AutoencoderTiny`
+    "A frozen autoencoder of diffusers: images in [-1,1] on one side, normalised latents on the other."
+    def __init__(self, model, # any autoencoder with `encode` and `decode` for images
                  name='vae', # what to call it
                  device='cpu', # where to compute
                 ):
-        c, self.device = model.config, torch.device(device)
-        if c.get('latents_mean') or c.get('latents_std'):
-            raise UserError(f'--vae {name} has per-channel statistics, which are not supported')
+        self.name, self.device, c = str(name), torch.device(device), model.config
         self.model = model.float().to(self.device).eval().requires_grad_(False)
-        self.name, self.channels = str(name), c.latent_channels
-        self.factor = 2**(len(c.get('block_out_channels') or c.encoder_block_out_channels)-1)
-        self.scale, self.shift = c.get('scaling_factor') or 1., c.get('shift_factor') or 0.
-        self.has_posterior = 'Tiny' not in type(model).__name__
         self.half = PRECISIONS[best_precision(self.device)] if self.device.type=='cuda' else None
+        self.probe()
+        self.rae = 'encoder_norm_mean' in c                         # takes [0,1], and normalises its latents itself
+        scale, mean, std = c.get('scaling_factor') or 1., [c.get('shift_factor') or 0.], [1.]
+        if c.get('latents_mean') or c.get('latents_std'):
+            mean, std = c.get('latents_mean') or [], c.get('latents_std') or []
+        if self.rae: scale, mean, std = 1., [0.], [1.]
+        shift, std = (torch.tensor(v, dtype=torch.float64).view(-1, 1, 1) for v in (mean, std))
+        if {len(shift), len(std)}-{1, self.channels} or not (std>0).all():
+            raise UserError(f'--vae {name}: latents_mean and latents_std must have {self.channels} values each, '
+                            'the latter above 0')
+        self.shift, self.scale = (v.float().to(self.device) for v in (shift, scale/std))        # (C,1,1)
+
+    @torch.no_grad()
+    def probe(self):
+        "Find channels, factor and kind by sending an image through the model without its data (device `meta`)."
+        m = self.model
+        try:
+            shadow = copy.deepcopy(m, {id(t): t.to('meta') for t in (*m.parameters(), *m.buffers())})
+            z = shadow.encode(torch.empty(1, 3, 640, 640, device='meta'), return_dict=False)[0]
+            self.has_posterior = hasattr(z, 'logvar')
+            z = z.mean if self.has_posterior else z
+            _, self.channels, side, _ = z.shape
+            _, _, size, _ = shadow.decode(z, return_dict=False)[0].shape
+        except Exception as e:                                      # whatever a model for something else may raise
+            why = str(e).splitlines()[0][:100] if str(e) else type(e).__name__
+            raise UserError(f'--vae {self.name}: {type(m).__name__} does not turn images into latents and back '
+                            f'({why}); is it for video?') from None
+        self.factor, self.size = size//side, None if size==640 else size    # some know one size only
 
     def latent_size(self, size): # side of the latents
         "From pixels to latent pixels. Raises `UserError` if they do not divide."
+        if self.size not in (None, size):
+            raise UserError(f'--vae {self.name} is for images of {self.size} pixels; use --image-size {self.size}')
         if size%self.factor:
             near = [s for s in (size//self.factor*self.factor, -(-size//self.factor)*self.factor) if s]
             raise UserError(f'--image-size {size} is not divisible by {self.factor}, the factor of --vae {self.name}; '
@@ -42,37 +66,39 @@ class VAE:
                 dtype, # 16-bit type to compute in, or None
                ): # f(x) in fp32
         "Run the model, in 16 bits on a GPU, and again in fp32 if that overflows."
-        x = x.to(self.device, torch.float32)
         if dtype is None: return f(x).float()
         with torch.autocast(self.device.type, dtype): y = f(x).float()
         return y if y.isfinite().all() else f(x).float()
 
     def moments(self, x, # images, (B,3,H,W) or (B,1,H,W) in [-1,1]
-               ): # mean and standard deviation of the scaled latents, (B,C,h,w) each
-        "The posterior of a batch of images."
+               ): # mean and standard deviation of the normalised latents, (B,C,h,w) each
+        "The posterior of a batch of images; a deterministic encoder has standard deviation 0."
         for s in x.shape[-2:]: self.latent_size(s)
-        if x.shape[1]==1: x = x.expand(-1, 3, -1, -1)
-        dtype = self.half and torch.float16                         # finer than bf16
-        if not self.has_posterior:
-            mean = self.compute(lambda x: self.model.encode(x).latents, x, dtype)
-            return (mean-self.shift)*self.scale, torch.zeros_like(mean)
-        mean, logvar = self.compute(lambda x: self.model.encode(x).latent_dist.parameters, x, dtype).chunk(2, 1)
+        x = x.to(self.device, torch.float32).expand(-1, 3, -1, -1)
+        def f(x): # a tensor, or mean and log variance
+            z = self.model.encode(x, return_dict=False)[0]
+            return z.parameters if self.has_posterior else z
+        z = self.compute(f, (x+1)/2 if self.rae else x, self.half and torch.float16)    # finer than bf16
+        if not self.has_posterior: return (z-self.shift)*self.scale, torch.zeros_like(z)
+        mean, logvar = z.chunk(2, 1)
         return (mean-self.shift)*self.scale, (.5*logvar.clamp(-30, 20)).exp()*self.scale
 
-    def decode(self, z, # scaled latents, (B,C,h,w)
+    def decode(self, z, # normalised latents, (B,C,h,w)
                batch=8, # latents at a time
               ): # images in [-1,1], (B,3,H,W), on the device of `z`
-        "The images of scaled latents."
-        f = lambda z: self.model.decode(z).sample
-        parts = [self.compute(f, part/self.scale+self.shift, self.half) for part in z.float().split(batch)]
-        return torch.cat(parts).clamp(-1, 1).to(z.device)
+        "The images of normalised latents."
+        f = lambda z: self.model.decode(z, return_dict=False)[0]
+        parts = z.to(self.device, torch.float32).split(batch)
+        y = torch.cat([self.compute(f, part/self.scale+self.shift, self.half) for part in parts])
+        return (y*2-1 if self.rae else y).clamp(-1, 1).to(z.device)
 
     def fingerprint(self): # 16 hexadecimal digits
         "Hash of weights and config, wherever they were loaded from."
         if not hasattr(self, 'hash'):
+            c = self.model.config
             keys = ('latent_channels', 'block_out_channels', 'encoder_block_out_channels', 'scaling_factor',
-                    'shift_factor')
-            h = hashlib.blake2b(json.dumps({k: self.model.config.get(k) for k in keys}).encode(), digest_size=8)
+                    'shift_factor', *(k for k in ('latents_mean', 'latents_std') if c.get(k)))
+            h = hashlib.blake2b(json.dumps({k: c.get(k) for k in keys}).encode(), digest_size=8)
             for k,v in sorted(self.model.state_dict().items()):
                 h.update(k.encode() + v.detach().cpu().contiguous().numpy().tobytes())
             self.hash = h.hexdigest()
@@ -98,11 +124,13 @@ def load_vae(name, # `ema`, `mse`, a registered name, a hub name, or a folder
         raise UserError(f'--vae {name} is neither a folder, a name on the hub, nor one of {known}; {hint}')
     logging.set_verbosity(logging.CRITICAL)
     try:
-        kind = diffusers.AutoencoderKL.load_config(source).get('_class_name')
-        if kind not in ('AutoencoderKL', 'AutoencoderTiny'):
-            raise UserError(f'--vae {name} is a {kind}; AutoencoderKL and AutoencoderTiny are supported')
-        load = getattr(diffusers, kind).from_pretrained
-        model, info = load(source, torch_dtype=torch.float32, low_cpu_mem_usage=False, output_loading_info=True)
+        kind = str(diffusers.AutoencoderKL.load_config(source).get('_class_name'))
+        cls = getattr(diffusers, kind, None)
+        if not (hasattr(cls, 'encode') and hasattr(cls, 'decode')):
+            version = diffusers.__version__
+            raise UserError(f'--vae {name} is a {kind}, not an autoencoder that diffusers {version} knows')
+        model, info = cls.from_pretrained(source, torch_dtype=torch.float32, low_cpu_mem_usage=False,
+                                          output_loading_info=True)
     except UserError: raise
     except Exception as e:                                          # whatever diffusers and the hub may raise
         why = f'{type(e).__name__}: {str(e)[:120].splitlines()[0] if str(e) else ""}'

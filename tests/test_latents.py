@@ -1,5 +1,5 @@
 "Encoding that is killed anywhere, shared by processes or sent to the wrong folder; training from what it wrote."
-import csv, shutil, signal, subprocess, sys, time
+import csv, json, shutil, signal, subprocess, sys, time
 from pathlib import Path
 import pytest, torch
 from PIL import Image
@@ -7,10 +7,10 @@ from sklearn.datasets import load_sample_images
 from conftest import SMALL, child_env, python, torchrun, train
 from mixmix_nb import latents as L
 from mixmix_nb.config import main
-from mixmix_nb.core import StepRandoms
+from mixmix_nb.core import StepRandoms, UserError
 from mixmix_nb.data import Part, open_data
 from mixmix_nb.train import train as train_function
-from mixmix_nb.vae import load_vae
+from mixmix_nb.vae import VAE, load_vae
 
 SIZE, SHARD, N = 32, 6, 21          # pixels, images per shard, images: four shards, the last one shorter
 ONE = dict(OMP_NUM_THREADS=1)       # the last bit of a sum depends on the number of threads
@@ -222,6 +222,56 @@ def test_training_in_the_loop_and_from_the_cache(home, tmp_path, monkeypatch):
         assert k==0 or index.stat().st_mtime_ns==written
         written = index.stat().st_mtime_ns
     assert losses(train_function(resume=str(loop), data_path=str(home/'whole'), steps=5))[:4]==want
+
+def test_measured_statistics_are_used(home, tmp_path):
+    before = tree(home/'vae')
+    r = python('-m', 'mixmix_nb.latents', '--measure', *options(home, tmp_path/'new'), cwd=tmp_path, **ONE)
+    assert r.returncode==0 and 'with statistics' in r.stdout and tree(home/'vae')==before, r.stdout+r.stderr
+    old, new, data = load_vae(str(home/'vae')), load_vae(str(tmp_path/'new')), open_data(str(home/'photos'), SIZE)
+    x = torch.stack([data[i][0] for i in range(N) if '05.png' not in data.name_of(i)])/127.5-1
+    mean, std = new.moments(torch.cat([x, x[:1]]))              # roughly: the unreadable file's stand-in differs
+    assert mean.mean((0, 2, 3)).abs().max()<.1 and ((mean**2+std**2).mean((0, 2, 3))-1).abs().max()<.1
+    assert (old.moments(x)[0].mean((0, 2, 3)).abs()>.1).any() and new.fingerprint()!=old.fingerprint()
+    assert (new.decode(new.moments(x)[0])-old.decode(old.moments(x)[0])).abs().max()<1e-4, 'the same autoencoder'
+
+def test_representation_autoencoder(monkeypatch):
+    "AutoencoderRAE normalises by itself, takes [0,1] and has one size. Its encoder is of transformers: a stand-in here."
+    import diffusers
+    if not hasattr(diffusers, 'AutoencoderRAE'): pytest.skip('diffusers has no AutoencoderRAE')
+    from diffusers.models.autoencoders import autoencoder_rae as rae
+    monkeypatch.setattr(rae, '_build_encoder', lambda hidden_size, patch_size, **kw:
+                        torch.nn.Conv2d(3, hidden_size, patch_size, patch_size))
+    monkeypatch.setitem(rae._ENCODER_FORWARD_FNS, 'dinov2', lambda net, x: net(x).flatten(2).mT)
+    torch.manual_seed(0)
+    model = rae.AutoencoderRAE(encoder_hidden_size=8, encoder_patch_size=7, encoder_input_size=28, patch_size=8,
+        decoder_hidden_size=16, decoder_num_hidden_layers=1, decoder_num_attention_heads=2, scaling_factor=.8,
+        decoder_intermediate_size=16, latents_mean=torch.randn(8, 1, 1), latents_std=torch.rand(8, 1, 1)+.5)
+    vae, x = VAE(model, 'rae'), torch.rand(2, 3, 32, 32)*2-1
+    z = model.encode((x+1)/2).latent
+    assert (vae.channels, vae.factor, vae.size, vae.has_posterior)==(8, 8, 32, False)
+    assert torch.equal(vae.moments(x)[0], z) and torch.equal(vae.decode(z), (model.decode(z).sample*2-1).clamp(-1, 1))
+    with pytest.raises(UserError, match='--image-size 32'): vae.latent_size(64)
+    with pytest.raises(UserError, match='nothing to measure'): L.measure([], vae, 'nowhere')
+
+@pytest.mark.parametrize('changes,words', [
+    (dict(vae='video'), 'AutoencoderKLTemporalDecoder does not turn images into latents and back'),
+    (dict(vae='unet'), 'UNet2DModel, not an autoencoder'), (dict(vae='half'), 'must have 4 values each'),
+    (dict(data_path='empty'), 'no images'), (dict(out='vae2'), 'exists'), (dict(vae='photos'), 'could not be loaded')])
+def test_what_cannot_be_measured_is_refused(home, tmp_path, monkeypatch, capsys, changes, words):
+    import diffusers
+    monkeypatch.chdir(tmp_path)
+    small = dict(block_out_channels=(8, 8), layers_per_block=1)
+    diffusers.AutoencoderKLTemporalDecoder(block_out_channels=(32,), layers_per_block=1).save_pretrained('video')
+    diffusers.UNet2DModel(**small, norm_num_groups=4, down_block_types=('DownBlock2D',)*2,
+                          up_block_types=('UpBlock2D',)*2).save_pretrained('unet')
+    for name in ('photos', 'vae', 'vae2'): (tmp_path/name).symlink_to(home/name)
+    (tmp_path/'empty').mkdir()
+    half = shutil.copytree(home/'vae', tmp_path/'half')
+    config = json.loads((half/'config.json').read_text()) | dict(latents_std=[1.]*3)
+    (half/'config.json').write_text(json.dumps(config))
+    before = sorted(tmp_path.rglob('*'))
+    assert words in refused(capsys, 'latents', '--measure', *options(Path(), 'new', **changes))
+    assert sorted(tmp_path.rglob('*'))==before, 'nothing may be written'
 
 MEMORY = '''
 import os, resource, sys, torch, mixmix_nb.latents as L
