@@ -70,7 +70,8 @@ def diffusers_dit(model, # a `DiT`: its sizes count, not its weights
     logging.set_verbosity_error()                               # it warns of an empty list of modules
     heads, width = model.blocks[0].attn.num_heads, model.pos_embed.shape[-1]
     net = DiTTransformer2DModel(num_attention_heads=heads, attention_head_dim=width//heads,
-                                num_layers=len(model.blocks), in_channels=model.in_channels, out_channels=model.out_channels,
+                                num_layers=len(model.blocks), in_channels=model.in_channels,
+                                out_channels=model.out_channels,
                                 sample_size=model.input_size[0], patch_size=model.patch_size,
                                 num_embeds_ada_norm=model.y_embedder.num_classes)
     return lambda x, t, cond: net(x, timestep=t, class_labels=cond).sample, net

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['CHANGEABLE', 'RECIPES', 'ONLY', 'COMMANDS', 'train_command', 'sample_command', 'latents_command', 'coco_command',
-           'benchmark_command', 'opt', 'option_type', 'flag', 'check_option', 'did_you_mean', 'on_off', 'Parser',
-           'make_parser', 'import_plugins', 'parse', 'check_options', 'Config', 'make_config', 'SampleConfig',
-           'LatentsConfig', 'CocoConfig', 'BenchmarkConfig', 'main']
+           'opt', 'option_type', 'flag', 'check_option', 'did_you_mean', 'on_off', 'Parser', 'make_parser',
+           'import_plugins', 'parse', 'check_options', 'Config', 'make_config', 'SampleConfig', 'LatentsConfig',
+           'CocoConfig', 'BenchmarkConfig', 'PlanConfig', 'main']
 
 # %% ../nbs/17_config.ipynb #cac4e130
 import argparse, dataclasses, difflib, importlib, math, os, sys, typing
@@ -185,6 +185,7 @@ class Config:
     tensorboard: bool = opt(False, free=True) # also log to TensorBoard (optional dependency)
     wandb: bool = opt(False, free=True) # also log to Weights & Biases (optional dependency)
     num_workers: int = opt(4, least=0, free=True) # processes that decode images
+    dry_run: bool = opt(False, free=True) # print what this run would cost, from a few of its steps, and stop
     seed: int = opt(0, alias='global_seed') # random seed
     device: str = opt('auto', free=True) # auto, cpu, cuda, cuda:1, mps
     plugin: str|None = opt(free=True) # Python modules to import first, comma-separated
@@ -291,11 +292,28 @@ class BenchmarkConfig:
     device: str = opt('auto') # auto, cpu, cuda, cuda:1, mps
     out: str = opt('benchmark', alias='results_dir') # folder for the table and the figure
 
+@dataclass
+class PlanConfig:
+    "What training would cost on this device, for every model that fits."
+    dataset_size: int|None = opt(least=1) # number of images (this or --data-path is required)
+    data_path: str|None = opt() # folder of images or a named dataset, instead of --dataset-size
+    image_size: int|None = opt(least=1) # side of the images in pixels (default: 256; from 128 on: latents)
+    epochs: float = opt(100., least=0) # passes over the data
+    model: str|None = opt() # this model only (default: all sizes with patches of 2, 4 and 8)
+    batch_size: int = opt(256, least=1) # images per step
+    mixed_precision: str = opt('best', ('no', 'bf16', 'fp16', 'best')) # 16-bit matrix products; best: if the device can
+    compile: str = opt('off', ('on', 'off')) # measure with torch.compile, which itself takes minutes
+    ckpt_every: int = opt(10000, least=1) # steps between checkpoints and previews
+    num_sampling_steps: str = opt('250', alias='sample_steps') # sampling steps of previews
+    num_sample_images: int = opt(16, least=0) # images per preview; 0: no previews
+    memory: float|None = opt(least=1e-3) # GB that a run may use (default: what is free now)
+    device: str = opt('auto') # auto, cpu, cuda, cuda:1, mps
+
 # %% ../nbs/17_config.ipynb #2be21fcf
 COMMANDS = {'train': (Config, 'interrupted; continue with --resume auto'), 'sample': (SampleConfig, 'interrupted'),
             'latents': (LatentsConfig, 'interrupted; run the same command again to continue'),
             'coco': (CocoConfig, 'interrupted; run the same command again to continue'),
-            'benchmark': (BenchmarkConfig, 'interrupted')}
+            'benchmark': (BenchmarkConfig, 'interrupted'), 'plan': (PlanConfig, 'interrupted')}
 
 def main(name, # a key of `COMMANDS`: module and function have this name
          argv=None, # the arguments; those of the process by default
@@ -308,4 +326,5 @@ def main(name, # a key of `COMMANDS`: module and function have this name
         return result if isinstance(result, int) else 0
     run_command(run, interrupted)
 
-train_command, sample_command, latents_command, coco_command, benchmark_command = (partial(main, k) for k in COMMANDS)
+train_command, sample_command, latents_command, coco_command = (
+    partial(main, name) for name in ('train', 'sample', 'latents', 'coco'))

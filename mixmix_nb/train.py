@@ -12,7 +12,7 @@ if __name__=='__main__' and '__file__' in globals():     # a command: parse the 
     main('train')
 
 # %% ../nbs/17_train.ipynb #2cd76f48
-import math, os, subprocess, sys, time, torch
+import importlib, math, os, subprocess, sys, time, torch
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -28,7 +28,7 @@ from .speed import (choose_compile, choose_precision, make_scaler, mfu, peak_flo
                              with_autocast, wrap_for_training)
 from .trainer import Trainer
 from .vae import load_vae
-from .latents import EncodedData, encode, is_cache, open_cache
+from .latents import EncodedData, encode, is_cache, open_cache, read_index
 from .config import Config, check_options, flag, import_plugins, make_config
 from .resume import check_resume, find_run, launch_id, read_resumable, resumed_lines
 
@@ -62,6 +62,7 @@ def open_dataset(config, # a `Config`
     if not config.cache_latents: return EncodedData(data, autoencoder), autoencoder.name
     flip = data.info.flip if config.flip is None else config.flip
     out = cache_folder(config, data, flip)
+    if config.dry_run and read_index(out) is None: return EncodedData(data, autoencoder), autoencoder.name
     encode(data, autoencoder, out, flip=flip, workers=config.num_workers, between=between)
     return open_cache(out), autoencoder.name
 
@@ -210,11 +211,12 @@ def make_callbacks(config, # a `Config`
         if not trainer.dist.any(n>0): n = 0
     previews = Previews(run, n, every, decode, sampler=config.sampler, steps=config.num_sampling_steps,
                         cfg_scale=config.cfg_scale, clip=facts['vae']=='none')
+    calls = (len(trainer.objective.timesteps(config.num_sampling_steps))-1)*(1+(config.cfg_scale!=1))
     names = [m for m in (config.metrics or '').split(',') if m]
     trackers = [] if rank() else make_trackers(config, run, trainer.step)
     notes = dict(args=asdict(config), facts=facts, version=2)
     return [*([Validation(val, every)] if val else []), *([Evaluate(names, every)] if names else []),
-            Logger(run, config.log_every, marks=every, mfu=used, trackers=trackers),
+            Logger(run, config.log_every, marks=every, mfu=used, trackers=trackers, preview=n*calls/3),
             Checkpoints(run, notes, every, minutes=config.ckpt_minutes, keep=config.keep_ckpts), previews, stop]
 
 # %% ../nbs/17_train.ipynb #1193d65a
@@ -267,6 +269,8 @@ def run_training(given, # options that the user gave
             trainer.load_state_dict(ckpt, 'the checkpoint')
             lines += resumed_lines(config, args, trainer, args['global_batch_size'])
             del ckpt                                                # 16 bytes per parameter
+        if config.dry_run:                                          # of a later chapter
+            return importlib.import_module('mixmix_nb.plan').dry_run(config, now, trainer, lines[0])
         if run and trainer.done and (run.checkpoints_dir/'final.pt').exists():
             run.log(f'{run.path}: nothing to do, all {trainer.steps} steps are done')
             return run.path
