@@ -230,7 +230,7 @@ def make_config(given, # options that the user gave
 @dataclass
 class SampleConfig:
     "Sample images from a checkpoint."
-    ckpt: str|None = opt() # a checkpoint or the folder of a run (required)
+    ckpt: str|None = opt() # a checkpoint, a run, a folder of diffusers or the hub, or a name (required)
     model: str|None = opt() # compared with the checkpoint: DiT-XL/2, …
     image_size: int|None = opt(least=1) # compared with the checkpoint
     num_classes: int|None = opt(least=0) # compared; needed for bare weights that were trained without label dropout
