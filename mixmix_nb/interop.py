@@ -244,8 +244,10 @@ def to_diffusers(ckpt, # what `find_weights` takes
     (channels, height, width), k = facts['shape'], facts['num_classes']
     if height!=width: raise UserError('a DiTPipeline makes square images only')
     if k>1000: raise UserError(f'a DiTPipeline takes 1000 for the null class, which is one of the {k} classes')
-    from diffusers import DiTPipeline
-    classes = diffusers_classes()
+    try:
+        from diffusers import DiTPipeline
+        classes = diffusers_classes()
+    except ImportError: raise UserError('a folder for diffusers needs diffusers 0.32 or newer') from None
     net = classes['DiTModel'](args=vars(args), facts=facts, in_channels=channels, sample_size=height,
                               out_channels=model.out_channels if args.objective=='ddpm' else channels)
     net.dit.load_state_dict(model.state_dict())

@@ -119,6 +119,7 @@ def official_names(state, # weights of diffusers' `DiTTransformer2DModel`
     "Rename, join query, key and value, keep one embedding of timestep and class: all blocks have a copy.."
     out = {}
     for name,v in state.items():
+        if name=='pos_embed.pos_embed': continue
         k = first = re.sub(r'\.\d+\.norm1\.emb\.', '.0.norm1.emb.', name)
         for theirs,ours in NAMES.items(): k = re.sub(theirs, ours, k)
         if first!=name and not (v.is_meta or torch.equal(v, state[first])):
@@ -145,8 +146,10 @@ def read_diffusers(folder, # of a `DiTPipeline`
     if 'facts' in config:                                           # of `to_diffusers`
         state = {k.removeprefix('dit.'): v for k,v in state.items()}
         return dict(ema=state, args=config['args'], facts=config['facts'])
-    if config.get('_class_name')!='DiTTransformer2DModel':
-        raise UserError(f'{folder} holds a {config.get("_class_name")}, not a DiTTransformer2DModel')
+    kind = config.get('_class_name')                                # the second name is that of older versions
+    norm = config.get('norm_type', 'ada_norm_zero')
+    if kind not in ('DiTTransformer2DModel', 'Transformer2DModel') or norm!='ada_norm_zero':
+        raise UserError(f'{folder} holds a {kind} of another kind, not a DiTTransformer2DModel')
     try: state = official_names(state, config)
     except KeyError as e: raise UserError(f'{folder}: {file.name} lacks {e}') from None
     names, vae = index.get('id2label') or {}, folder/'vae'

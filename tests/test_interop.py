@@ -1,5 +1,5 @@
 "Models in and out: every kind of file, fine-tuning, downloads by name, diffusers, the hub."
-import argparse, functools, http.server, os, threading
+import argparse, functools, http.server, json, os, threading
 from pathlib import Path
 import pytest, torch
 from conftest import python
@@ -66,9 +66,14 @@ def test_every_kind_of_file(kind, objective, tuned, latents, tmp_path, monkeypat
     save_weights(run, 'again.safetensors', dtype=torch.float32)
     assert torch.equal(outputs(load_model('again.safetensors')[0]), outputs(a)) and not torch.equal(outputs(a), outputs(model))
 
+def diffusers_dit(): # the class
+    import diffusers
+    if not hasattr(diffusers, 'DiTTransformer2DModel'): pytest.skip('diffusers is too old')
+    return diffusers.DiTTransformer2DModel
+
 def test_released_sizes_by_shape():
     "XL/2, ours and diffusers', without memory for the weights."
-    from diffusers import DiTTransformer2DModel
+    DiTTransformer2DModel = diffusers_dit()
     with torch.device('meta'):
         state = dit('XL/2', input_size=32).state_dict()
         args, facts = facts_from_weights(state, {})
@@ -77,6 +82,26 @@ def test_released_sizes_by_shape():
     assert (args['model'], facts['shape'], facts['num_classes'], facts['image_size']) == ('DiT-XL/2', [4, 32, 32], 1000, 256)
     check_weights(model, state)
     check_weights(model, load.official_names(theirs.state_dict(), theirs.config))
+
+def test_layout_of_the_released_folders(tmp_path):
+    "As on the hub: an older name of the class, a .bin, names with commas; classes, autoencoder and prediction come from the folder."
+    torch.manual_seed(0)
+    net = diffusers_dit()(num_attention_heads=4, attention_head_dim=32, out_channels=8, num_layers=4, sample_size=8, patch_size=4, num_embeds_ada_norm=3)
+    state = {k: v for k,v in net.state_dict().items()}
+    for k in state: # the embeddings of each block are copies
+        if '.emb.' in k: state[k] = state['transformer_blocks.0'+k[k.index('.norm1'):]]
+    for d in ('transformer', 'scheduler', 'vae'): (tmp_path/d).mkdir()
+    torch.save(state, tmp_path/'transformer'/'diffusion_pytorch_model.bin')
+    notes = {'transformer/config.json': {k: v for k,v in net.config.items() if k[0]!='_'} | dict(_class_name='Transformer2DModel'), 'vae/config.json': {},
+             'scheduler/scheduler_config.json': dict(prediction_type='v_prediction', beta_schedule='squaredcos_cap_v2'),
+             'model_index.json': dict(id2label={'1': 'goldfish, Carassius auratus', '0': 'tench', '2': 'shark'})}
+    for name,note in notes.items(): (tmp_path/name).write_text(json.dumps(note))
+    model, args, facts = load_model(tmp_path)
+    assert (args.prediction, args.schedule, facts['vae'], facts['classes'][1]) == ('v', 'cosine', str(tmp_path/'vae'), 'goldfish, Carassius auratus')
+    assert torch.equal(model.blocks[1].attn.qkv.weight[128:256], state['transformer_blocks.1.attn1.to_k.weight'])
+    state['transformer_blocks.1.norm1.emb.class_embedder.embedding_table.weight'] = torch.zeros(4, 128)
+    torch.save(state, tmp_path/'transformer'/'diffusion_pytorch_model.bin')
+    with pytest.raises(UserError, match='one embedding for all blocks'): load_model(tmp_path)
 
 @pytest.mark.parametrize('change', [dict(), dict(objective='flow'), dict(learn_sigma=False), dict(num_classes=0)], ids=str)
 def test_fine_tuning_starts_where_the_source_was(change, latents, tmp_path, monkeypatch):
@@ -163,6 +188,7 @@ def test_download_by_name(tmp_path, monkeypatch):
 @pytest.mark.parametrize('options', [dict(), dict(schedule='cosine', prediction='x0'), dict(objective='flow', prediction='x0')], ids=str)
 def test_diffusers_folder(options, latents, tmp_path, monkeypatch):
     "Every timestep to 1e-5 with the null class at 1000, and back; in a process without us, a message that names us."
+    diffusers_dit()
     monkeypatch.chdir(tmp_path)
     torch.save(random_dit('N/8', num_classes=3).state_dict(), 'w.pt')
     run = train(init_from='w.pt', steps=1, vae=None, **SHORT | options)
