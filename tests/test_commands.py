@@ -36,7 +36,8 @@ def test_bad_input(options, words, tmp_path, monkeypatch):
     assert sorted(os.listdir())==before, 'nothing may be written'
 
 @pytest.mark.parametrize('command,args', [('train', ['--data-path', 'nowhere']), ('train', ['--epoch', '3']), ('sample', []), ('sample', ['--ckpt', 'none.pt']),
-                                          ('latents', ['--data-path', 'digits']), ('coco', ['--label', 'none'])])
+                                          ('latents', ['--data-path', 'digits']), ('coco', ['--label', 'none']),
+                                          ('interop', ['--ckpt', 'none.pt', '--out', 'folder'])])
 def test_one_line_and_status_2(command, args, tmp_path):
     r = python('-m', f'mixmix_nb.{command}', *args, cwd=tmp_path)
     lines = r.stderr.strip().splitlines()
