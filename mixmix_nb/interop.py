@@ -18,9 +18,10 @@ import numpy as np
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
+from shlex import quote
 from torch.nn.functional import silu
 from types import SimpleNamespace
-from .config import ONLY, Config, InteropConfig, check_options, flag, import_plugins
+from .config import ONLY, Config, InteropConfig, check_options, flag, import_plugins, make_config
 from .conditioning import timestep_embedding
 from .core import DATASETS, METRICS, UserError, atomic_write
 from .flow import SiTFlow
@@ -271,10 +272,10 @@ def model_card(args, # options of the model, a namespace
                picture=None, # file name of a picture in the folder
               ): # text
     "README.md of a model on the hub: how it was trained, on what, how well, and how to sample from it."
-    base, command = Config(), 'python -m mixmix_nb.train'
+    base, command = make_config(dict(data_path=args.data_path)), 'python -m mixmix_nb.train'
     for k,v in vars(args).items():
-        if v in (None, getattr(base, k)) or k in ('resume', 'results_dir', 'device'): continue
-        command += f' {flag(k)} {v}'
+        if k!='data_path' and v in (None, getattr(base, k)) or k in ('resume', 'results_dir', 'device'): continue
+        command += f' {flag(k)} {quote(str(v))}'
     about = dict(data=args.data_path, fingerprint=facts.get('fingerprint'), classes=facts['num_classes'],
                  shape='×'.join(map(str, facts['shape'])), autoencoder=facts['vae']) | row
     table = [f'| {k} | {v} |' for k,v in about.items() if v not in (None, '')]
