@@ -96,7 +96,9 @@ def download(url, # address of a file
         request = urllib.request.Request(url, headers={'Range': f'bytes={have}-'} if have else {})
         if size is None or have<size:
             with urllib.request.urlopen(request, timeout=60) as r, open(part, 'ab' if r.status==206 else 'wb') as f:
-                pieces = -(-int(r.headers.get('Content-Length') or 0)//(1<<20))
+                length = int(r.headers.get('Content-Length') or 0)
+                if length and size is None: size = f.tell()+length
+                pieces = -(-length//(1<<20))
                 for _ in progress(range(pieces), pieces) if pieces else iter(int, 1):
                     piece = r.read(1<<20)
                     if not piece: break

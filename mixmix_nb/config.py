@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['CHANGEABLE', 'RECIPES', 'ONLY', 'COMMANDS', 'train_command', 'sample_command', 'latents_command', 'coco_command',
-           'opt', 'option_type', 'flag', 'check_option', 'did_you_mean', 'on_off', 'Parser', 'make_parser',
-           'import_plugins', 'parse', 'check_options', 'Config', 'make_config', 'SampleConfig', 'LatentsConfig',
-           'CocoConfig', 'BenchmarkConfig', 'PlanConfig', 'main']
+           'opt', 'flag', 'check_option', 'did_you_mean', 'Parser', 'make_parser', 'import_plugins', 'parse',
+           'check_options', 'Config', 'make_config', 'SampleConfig', 'LatentsConfig', 'CocoConfig', 'InteropConfig',
+           'PlanConfig', 'BenchmarkConfig', 'main']
 
 # %% ../nbs/17_config.ipynb #cac4e130
 import argparse, dataclasses, difflib, importlib, math, os, sys, typing
@@ -27,7 +27,7 @@ def opt(default=None, # value when not given; None: decided later
     metadata = dict(choices=choices, least=least, below=below, alias=alias, free=free)
     return dataclasses.field(default=default, metadata=metadata)
 
-def option_type(field): # int, float, bool or str
+def _option_type(field): # int, float, bool or str
     "The type of a field's values, without its `None`."
     kinds = [t for t in typing.get_args(field.type) if t is not type(None)]
     return kinds[0] if kinds else field.type
@@ -41,10 +41,10 @@ def check_option(field, # a dataclass field made by `opt`
                  value, # a value for it
                 ): # the value, of the field's type
     "Raise `UserError` if a value has the wrong type or is not allowed."
-    kind, m, name = option_type(field), field.metadata, flag(field.name)
+    kind, m, name = _option_type(field), field.metadata, flag(field.name)
     if value is None: return None
     words = {int: 'an integer', float: 'a finite number', bool: 'on or off', str: 'text'}
-    try: v = on_off(value) if kind is bool else kind(str(value))
+    try: v = _on_off(value) if kind is bool else kind(str(value))
     except ValueError: v = None
     if v is None or kind is float and not math.isfinite(v):
         raise UserError(f'{name} must be {words[kind]}, got {value!r}')
@@ -60,7 +60,7 @@ def did_you_mean(word, words): # text, empty if nothing is near
     near = difflib.get_close_matches(str(word), list(words), 1)
     return f'; did you mean {near[0]}?' if near else ''
 
-def on_off(text): # True or False
+def _on_off(text): # True or False
     "`on`, `yes`, `true` or `off`, `no`, `false` as a bool. Raises `ValueError` for anything else."
     words = dict(on=True, yes=True, true=True, off=False, no=False, false=False)
     if str(text).lower() not in words: raise ValueError(text)
@@ -80,7 +80,7 @@ def make_parser(config, # a dataclass whose fields are made by `opt`, each with 
     p = Parser(prog=prog, description=config.__doc__, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     comments = docments(config, full=True, returns=False)
     for f in dataclasses.fields(config):
-        kind, m = option_type(f), f.metadata
+        kind, m = _option_type(f), f.metadata
         help = ' '.join((comments[f.name].docment or '').split())
         if m['choices']: help += f'; one of {", ".join(map(str, m["choices"]))}'
         if f.default is not None: help += f' (default: {f.default})'
@@ -171,6 +171,11 @@ class Config:
     grad_checkpoint: bool = opt(False, free=True) # recompute activations in the backward pass to save memory
     shard: bool = opt(False, free=True) # FSDP: spread weights, EMA and optimizer over the processes
     resume: str|None = opt(free=True) # a run's folder, a checkpoint, or auto: the newest run with the same options
+    init_from: str|None = opt() # begin a new run from these weights: a checkpoint, a run, a released file or its name
+    weights: str = opt('ema', ('ema', 'model')) # which weights of --init-from
+    ignore_weights: str|None = opt() # names of weights of --init-from to leave out, e.g. projectors.*; comma-separated
+    freeze: str|None = opt() # names of weights that are not trained, e.g. blocks.[0-5].*; comma-separated
+    lr_mult: str|None = opt() # multiples of the learning rate, e.g. y_embedder.*=10; comma-separated
     ckpt_every: int = opt(10000, least=1, free=True) # steps between checkpoints and previews
     ckpt_minutes: float = opt(0., least=0, free=True) # also a checkpoint every so many minutes; 0: no
     keep_ckpts: int = opt(0, least=0, free=True) # numbered checkpoints to keep; 0: all
@@ -206,10 +211,13 @@ ONLY = {'ddpm': ('schedule', 'learn_sigma'),        # options of one objective
 
 def make_config(given, # options that the user gave
                 stored=None, # options of the run that is resumed
+                source=None, # options of the weights to begin from
                ): # a `Config`
-    "Each option from the first place that has it: given, the resumed run, the dataset's recipe, the defaults."
+    "Each option from the first place that has it: given, the resumed run, --init-from, the recipe, the defaults."
     if given.get('steps') and given.get('epochs'): raise UserError('give --steps or --epochs, not both')
-    if stored is None: stored = RECIPES.get(given.get('data_path', Config.data_path), {})
+    if given.get('init_from') and given.get('resume'):
+        raise UserError('--init-from begins a new run and --resume continues one; pass only one of the two')
+    if stored is None: stored = RECIPES.get(given.get('data_path', Config.data_path), {}) | (source or {})
     for a,b in (('steps', 'epochs'), ('batch_size', 'global_batch_size')):      # either hides both
         if a in given or b in given: stored = {k: v for k,v in stored.items() if k not in (a, b)}
     known = {f.name for f in dataclasses.fields(Config)}
@@ -223,7 +231,7 @@ def make_config(given, # options that the user gave
 @dataclass
 class SampleConfig:
     "Sample images from a checkpoint."
-    ckpt: str|None = opt() # a checkpoint or the folder of a run (required)
+    ckpt: str|None = opt() # a checkpoint, a run, a folder of diffusers or the hub, or a name (required)
     model: str|None = opt() # compared with the checkpoint: DiT-XL/2, …
     image_size: int|None = opt(least=1) # compared with the checkpoint
     num_classes: int|None = opt(least=0) # compared; needed for bare weights that were trained without label dropout
@@ -240,9 +248,10 @@ class SampleConfig:
     seed: int = opt(0, alias='global_seed') # random seed
     batch_size: int = opt(64, least=1) # images at a time; does not change them
     weights: str = opt('ema', ('ema', 'model')) # which weights
+    ignore_weights: str|None = opt() # names of weights to leave out, e.g. projectors.*; comma-separated
     mixed_precision: str = opt('no', ('no', 'bf16', 'fp16', 'best')) # 16-bit matrix products; alone: best
     compile: str = opt('off', ('on', 'off')) # torch.compile
-    objective: str = opt('ddpm', OBJECTIVES) # objective of bare weights; flow: those of SiT
+    objective: str = opt('ddpm', OBJECTIVES) # objective of bare weights; flow: those of SiT or REPA
     vae: str|None = opt() # autoencoder that decodes latents (default: the one of the run)
     each: bool = opt(False) # one PNG per image in a folder, instead of a grid
     npz: str|None = opt() # all images in one file, uint8 (N,H,W,3), for ADM's evaluator, instead of a grid
@@ -280,17 +289,20 @@ class CocoConfig:
     base_url: str = opt('https://images.cocodataset.org') # address of a mirror
     keep_zips: bool = opt(False) # keep the archives after unpacking
 
+# %% ../nbs/17_config.ipynb #af67817c
 @dataclass
-class BenchmarkConfig:
-    "Time training steps and sampling beside diffusers and a plain DiT, on this device."
-    model: str = opt('DiT-S/4') # models, comma-separated
-    batch_size: int = opt(8, least=1) # images per step
-    rounds: int = opt(9, least=1) # turns of each
-    num_sampling_steps: int = opt(10, least=1) # sampling steps
-    compile: bool = opt(False) # ours by torch.compile, too
-    peer: str|None = opt() # official=FOLDER: also the model of a checkout of facebookresearch/DiT
-    device: str = opt('auto') # auto, cpu, cuda, cuda:1, mps
-    out: str = opt('benchmark', alias='results_dir') # folder for the table and the figure
+class InteropConfig:
+    "Write a trained model for others: a folder for diffusers or for the hub, or one file of weights."
+    ckpt: str|None = opt() # a checkpoint, a run, a folder of diffusers, or a name (required)
+    to: str = opt('diffusers', ('diffusers', 'hub', 'safetensors')) # a DiTPipeline, a hub folder, a .safetensors file
+    out: str|None = opt() # the folder or file to write (required without --push)
+    push: str|None = opt() # upload to this name on the Hugging Face hub, e.g. me/clothes
+    weights: str = opt('ema', ('ema', 'model')) # which weights
+    ignore_weights: str|None = opt() # names of weights to leave out, e.g. projectors.*; comma-separated
+    objective: str = opt('ddpm', OBJECTIVES) # objective of bare weights; flow: those of SiT or REPA
+    num_classes: int|None = opt(least=0) # needed for bare weights that were trained without label dropout
+    vae: str|None = opt() # autoencoder of the folder (default: the one of the run)
+    plugin: str|None = opt() # Python modules to import first, comma-separated
 
 @dataclass
 class PlanConfig:
@@ -309,11 +321,24 @@ class PlanConfig:
     memory: float|None = opt(least=1e-3) # GB that a run may use (default: what is free now)
     device: str = opt('auto') # auto, cpu, cuda, cuda:1, mps
 
+@dataclass
+class BenchmarkConfig:
+    "Time training steps and sampling beside diffusers and a plain DiT, on this device."
+    model: str = opt('DiT-S/4') # models, comma-separated
+    batch_size: int = opt(8, least=1) # images per step
+    rounds: int = opt(9, least=1) # turns of each
+    num_sampling_steps: int = opt(10, least=1) # sampling steps
+    compile: bool = opt(False) # ours by torch.compile, too
+    peer: str|None = opt() # official=FOLDER: also the model of a checkout of facebookresearch/DiT
+    device: str = opt('auto') # auto, cpu, cuda, cuda:1, mps
+    out: str = opt('benchmark', alias='results_dir') # folder for the table and the figure
+
 # %% ../nbs/17_config.ipynb #2be21fcf
 COMMANDS = {'train': (Config, 'interrupted; continue with --resume auto'), 'sample': (SampleConfig, 'interrupted'),
             'latents': (LatentsConfig, 'interrupted; run the same command again to continue'),
             'coco': (CocoConfig, 'interrupted; run the same command again to continue'),
-            'benchmark': (BenchmarkConfig, 'interrupted'), 'plan': (PlanConfig, 'interrupted')}
+            'interop': (InteropConfig, 'interrupted'), 'plan': (PlanConfig, 'interrupted'),
+            'benchmark': (BenchmarkConfig, 'interrupted')}
 
 def main(name, # a key of `COMMANDS`: module and function have this name
          argv=None, # the arguments; those of the process by default

@@ -66,7 +66,7 @@ CONDITIONERS = Registry('conditioner',  # (num_classes, dim, dropout_prob) → C
     classes='mixmix_nb.conditioning:ClassLabels')
 OBJECTIVES = Registry('objective',      # (config, shape) → Objective
     ddpm='mixmix_nb.likelihood:ddpm_objective', flow='mixmix_nb.flow:flow_objective',
-    sit='mixmix_nb.flow:sit_objective')
+    sit='mixmix_nb.flow:sit_objective', repa='mixmix_nb.flow:repa_objective')
 SAMPLERS = Registry('sampler',          # (objective, model, noise, cond, **options) → images
     ddpm='mixmix_nb.samplers:ddpm', ddim='mixmix_nb.samplers:ddim', euler='mixmix_nb.samplers:ddim',
     heun='mixmix_nb.samplers:heun', dpmpp_2m='mixmix_nb.samplers:dpmpp_2m')

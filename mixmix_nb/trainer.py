@@ -10,6 +10,7 @@ __all__ = ['update_ema', 'ema_decay_at', 'lr_at', 'make_optimizer', 'SingleProce
 import copy, math, time, torch
 from contextlib import contextmanager, nullcontext
 from fastcore.basics import patch
+from fnmatch import fnmatchcase
 from .core import RunError, StepRandoms, UserError, progress
 from .data import batches, to_model
 
@@ -47,14 +48,16 @@ def make_optimizer(model, # a module
                    lr, # learning rate
                    weight_decay=0., # of matrices; biases, embeddings and single numbers are not decayed
                    beta2=.999, # decay of the second moment
+                   lr_mult={}, # pattern of names → multiple of the learning rate; the first that matches
                   ): # a `torch.optim.AdamW`
     "AdamW, fused if the device has the kernel."
     embeddings = {id(p) for m in model.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters()}
-    learned = [p for p in model.parameters() if p.requires_grad]
-    decay = [p for p in learned if p.ndim>1 and id(p) not in embeddings]
-    rest = [p for p in learned if p.ndim<2 or id(p) in embeddings]
-    groups = [dict(params=decay, weight_decay=weight_decay), dict(params=rest, weight_decay=0.)]
-    groups = [g for g in groups if g['params']]
+    groups = {}                                                 # (decayed or not, multiple) → parameters
+    for n,p in model.named_parameters():
+        if not p.requires_grad: continue
+        mult = next((m for pattern,m in lr_mult.items() if fnmatchcase(n, pattern)), 1.)
+        groups.setdefault((p.ndim>1 and id(p) not in embeddings, mult), []).append(p)
+    groups = [dict(params=ps, weight_decay=weight_decay*decay, mult=m) for (decay,m),ps in groups.items()]
     try: return torch.optim.AdamW(groups, lr, (.9, beta2), fused=True)
     except RuntimeError: return torch.optim.AdamW(groups, lr, (.9, beta2))
 
@@ -139,6 +142,7 @@ class Trainer:
                  lr_schedule='constant', # or `cosine`
                  weight_decay=0., # AdamW's
                  beta2=.999, # AdamW's decay of the second moment
+                 lr_mult={}, # pattern of names → multiple of the learning rate
                  grad_clip=0., # largest norm of the gradient; 0: no limit
                  ema_decay=.9999, # final decay of the EMA, 0 ≤ decay < 1
                  ema_warmup=True, # start with a smaller decay
@@ -165,7 +169,7 @@ class Trainer:
         autocast = autocast or (lambda net: net)
         self.wrapped = wrap(self.model) if wrap else self.model
         self.net, self.ema_net = autocast(self.wrapped), autocast(self.ema)
-        self.opt = make_optimizer(self.model, lr, weight_decay, beta2)
+        self.opt = make_optimizer(self.model, lr, weight_decay, beta2, lr_mult)
         averages = dict(self.ema.named_parameters())
         learned = [(n, p) for n,p in self.model.named_parameters() if p.requires_grad]
         self.params, self.local_params = [p for _,p in learned], [local(p) for _,p in learned]
@@ -221,7 +225,7 @@ def clip_grads(self:Trainer): # norm before clipping, 0-dim tensor
 @patch
 def update(self:Trainer, found_inf): # 1 if this step must change nothing, else 0; 0-dim tensor
     "Optimizer and EMA step; a no-op on the device if `found_inf` is 1."
-    for g in self.opt.param_groups: g['lr'] = lr_at(self.step, **self.lr_args)
+    for g in self.opt.param_groups: g['lr'] = lr_at(self.step, **self.lr_args)*g.get('mult', 1.)
     if self.opt.defaults['fused']:
         self.opt.found_inf = found_inf
         self.opt.step()

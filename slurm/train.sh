@@ -20,7 +20,8 @@
 given() { case " $options " in *" $1 "*|*" $1="*) return 0;; esac; return 1; }
 add() { if [ -n "$2" ] && ! given "$1"; then train+=("$1" "$2"); fi; }
 options="$*" train=()
-given --resume || { DATA_PATH=${DATA_PATH-data/coco/imagefolder/train} MODEL=${MODEL-DiT-S/4}; train+=(--resume auto); }
+given --resume || DATA_PATH=${DATA_PATH-data/coco/imagefolder/train}
+given --resume || given --init-from || { MODEL=${MODEL-DiT-S/4}; train+=(--resume auto); }
 add --data-path "${DATA_PATH-}"
 add --model "${MODEL-}"
 add --image-size "${IMAGE_SIZE-}"

@@ -37,7 +37,8 @@ def test_bad_input(options, words, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('command,args', [('train', ['--data-path', 'nowhere']), ('train', ['--epoch', '3']), ('sample', []), ('sample', ['--ckpt', 'none.pt']),
                                           ('latents', ['--data-path', 'digits']), ('coco', ['--label', 'none']), ('plan', ['--dataset-size', '0']),
-                                          ('plan', ['--dataset-size', '9', '--image-size', '32', '--model', 'DiT-S/4', '--memory', '0.1'])])
+                                          ('plan', ['--dataset-size', '9', '--image-size', '32', '--model', 'DiT-S/4', '--memory', '0.1']),
+                                          ('interop', ['--ckpt', 'none.pt', '--out', 'folder'])])
 def test_one_line_and_status_2(command, args, tmp_path):
     r = python('-m', f'mixmix_nb.{command}', *args, cwd=tmp_path)
     lines = r.stderr.strip().splitlines()

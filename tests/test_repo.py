@@ -105,7 +105,7 @@ def test_size_and_shape():
         if len(names)>22: bad.append(f'{p.name}: {len(names)} public names')
     assert not bad, bad
 
-@pytest.mark.parametrize('command', ['train', 'sample', 'coco', 'latents', 'plan', 'benchmark'])
+@pytest.mark.parametrize('command', ['train', 'sample', 'coco', 'latents', 'interop', 'plan', 'benchmark'])
 def test_help_imports_no_torch(command):
     code = f'''
 import sys, runpy
@@ -119,11 +119,11 @@ assert not heavy, heavy'''
 
 def test_imports_run_downward():
     "A module imports only what comes before it; `config`, which imports no torch, may be imported by the commands."
-    order = 'core patches conditioning blocks dit diffusion likelihood samplers flow images data trainer runs previews speed distributed vae latents resume train load bulk sample plan benchmark coco'.split()
+    order = 'core patches conditioning blocks dit diffusion likelihood samplers flow images data trainer runs previews speed distributed vae latents resume coco load interop train bulk sample plan benchmark'.split()
     assert {p.stem for p in MODULES}=={*order, 'config'}
     for p in MODULES:
         for name in re.findall(r'^ *from \.(\w+) import', p.read_text(), re.M):
-            ok = name=='config' and p.stem in ('resume', 'train', 'load', 'sample', 'latents', 'coco', 'plan', 'benchmark') or p.stem=='config' and name=='core' \
+            ok = name=='config' and p.stem in ('resume', 'train', 'load', 'sample', 'latents', 'coco', 'interop', 'plan', 'benchmark') or p.stem=='config' and name=='core' \
                 or p.stem!='config' and name in order and order.index(name)<order.index(p.stem)
             assert ok, f'{p.stem} imports {name}'
 
