@@ -26,7 +26,7 @@ from .trainer import Callback, SingleProcess
 from .runs import duration, peak_memory_mb, time_left
 from .previews import Previews, preview_cond
 from .speed import choose_precision, with_autocast
-from .vae import VAE
+from .vae import VAE, load_vae
 from .train import build_model, build_objective, get_facts, make_trainer
 from .config import Config, PlanConfig, check_options
 
@@ -50,7 +50,7 @@ class Stopwatch(Callback):
     "The time after each step; stops the trainer when it has seen enough."
     def __init__(self, warmup=2, # steps that do not count
                  most=40, # steps that count, at most
-                 limit=8., # seconds after which one step that counts is enough
+                 limit=4., # seconds after which one step that counts is enough
                 ):
         self.warmup, self.most, self.limit, self.times = warmup, most, limit, []
 
@@ -182,7 +182,8 @@ def dry_run(config, # a `Config`
     "Print what a run would cost, from a few of its steps. Nothing is written."
     data, done, n, vae, device = trainer.data, trainer.step, config.num_sample_images, None, trainer.device
     encoding = cache = decoding = 0
-    if facts['vae']!='none': vae = getattr(data, 'vae', None) or stand_in_vae(device)
+    try: vae = None if facts['vae']=='none' else getattr(data, 'vae', None) or load_vae(facts['vae'], device)
+    except UserError: n = 0                                         # the run, too, makes no previews then
     size, one = facts['image_size'], torch.zeros(1, *facts['shape'], device=device)
     if config.cache_latents and hasattr(data, 'vae'):
         cond, image = preview_cond(trainer, 1), torch.zeros(1, 3, size, size, device=device)
