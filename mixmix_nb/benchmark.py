@@ -9,8 +9,9 @@ __all__ = ['in_turns', 'plain_dit', 'diffusers_dit', 'official_dit', 'our_step',
 
 # %% ../nbs/20_benchmark.ipynb #b31a093e
 if __name__=='__main__' and '__file__' in globals():     # a command: parse the options before torch is imported
+    import sys
     from mixmix_nb.config import main
-    main('benchmark')
+    main('plan', [a for a in sys.argv[1:] if a!='--plan']) if '--plan' in sys.argv else main('benchmark')
 
 # %% ../nbs/20_benchmark.ipynb #bfad44ab
 import copy, csv, importlib.util, platform, time, torch

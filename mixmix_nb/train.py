@@ -169,7 +169,8 @@ def make_trainer(config, # a `Config`
              f'latents of {facts["vae"]}': facts['vae']!='none', f'{steps} steps of {batch} on {device}': True,
              f'{dist.world} processes': several, 'FSDP': several and config.shard, precision: precision!='no',
              'products by oneDNN': onednn and precision=='no', 'compiled': compiled,
-             f'{config.accumulate} parts per step': config.accumulate>1, 'activation checkpointing': config.grad_checkpoint}
+             f'{config.accumulate} parts per step': config.accumulate>1,
+             'activation checkpointing': config.grad_checkpoint}
     warning = precision_warning(precision, device)
     return trainer, [', '.join(k for k,v in about.items() if v), *changes, *([warning] if warning else [])]
 
