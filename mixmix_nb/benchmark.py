@@ -7,13 +7,13 @@ __all__ = ['in_turns', 'plain_dit', 'diffusers_dit', 'official_dit', 'our_step',
            'peak_memory', 'rows_of', 'training_rows', 'sampling_rows', 'print_rows', 'plot_rows', 'device_name',
            'benchmark']
 
-# %% ../nbs/20_benchmark.ipynb #b31a093e
+# %% ../nbs/20_benchmark.ipynb #955890c8
 if __name__=='__main__' and '__file__' in globals():     # a command: parse the options before torch is imported
     import sys
     from mixmix_nb.config import main
     main('plan', [a for a in sys.argv[1:] if a!='--plan']) if '--plan' in sys.argv else main('benchmark')
 
-# %% ../nbs/20_benchmark.ipynb #bfad44ab
+# %% ../nbs/20_benchmark.ipynb #f79e8e91
 import copy, csv, importlib.util, platform, time, torch
 from functools import partial
 from pathlib import Path
@@ -32,7 +32,7 @@ from .speed import (PRECISIONS, Tabulated, best_precision, use_onednn, with_auto
 from .trainer import Trainer
 from .config import BenchmarkConfig, Config, check_options
 
-# %% ../nbs/20_benchmark.ipynb #d917f320
+# %% ../nbs/20_benchmark.ipynb #cf880570
 def in_turns(ways, # dict of functions of no arguments
              rounds=9, # turns of each
             ): # dict: seconds of each round
@@ -45,7 +45,7 @@ def in_turns(ways, # dict of functions of no arguments
             if i: times[k].append(timer()-start)
     return times
 
-# %% ../nbs/20_benchmark.ipynb #a0dff3b1
+# %% ../nbs/20_benchmark.ipynb #0be6c0f2
 def plain_dit(model, # a `DiT` with attention
              ): # a copy with the same weights
     "A DiT whose patch embedding, attention and MLP are timm's, as in the official code."
@@ -62,7 +62,7 @@ def plain_dit(model, # a `DiT` with attention
         swap(b, 'mlp', Mlp(width, b.mlp.fc1.out_features, act_layer=gelu))
     return model
 
-# %% ../nbs/20_benchmark.ipynb #4b705337
+# %% ../nbs/20_benchmark.ipynb #f1705fa4
 def diffusers_dit(model, # a `DiT`: its sizes count, not its weights
                  ): # a function (x, t, cond) → prediction, its module
     "diffusers' model of the same size."
@@ -91,7 +91,7 @@ def official_dit(folder, # a checkout of facebookresearch/DiT
     if made is None: raise UserError(f'--peer official={folder}: its models.py has no {name}')
     return made(input_size=size)
 
-# %% ../nbs/20_benchmark.ipynb #a6be146b
+# %% ../nbs/20_benchmark.ipynb #73413722
 def our_step(model, # a `DiT`
              batch, # images
              precision, # `no`, `bf16` or `fp16`
@@ -131,7 +131,7 @@ def plain_step(net, # a function (x, t, cond) → prediction
             for a,b in zip(ema.parameters(), model.parameters()): a.mul_(.9999).add_(b, alpha=1e-4)
     return step
 
-# %% ../nbs/20_benchmark.ipynb #b21d2709
+# %% ../nbs/20_benchmark.ipynb #18cdfe5e
 def products(model, # a `DiT`
              batch, # images
              precision, # `no`, `bf16` or `fp16`
@@ -157,7 +157,7 @@ def copy_speed(device, # a torch.device
     b = torch.empty_like(a)
     return 2*a.nbytes/median(in_turns({'copy': lambda: b.copy_(a)}, 5)['copy'])
 
-# %% ../nbs/20_benchmark.ipynb #30570304
+# %% ../nbs/20_benchmark.ipynb #47d3b93a
 def peak_memory(step, # a function of no arguments
                 device, # a torch.device
                ): # MiB, or None on a CPU
@@ -212,7 +212,7 @@ def training_rows(name, # `DiT-S/4`
         if compiled: ways['ours, compiled',p] = our_step(model, batch, p, device, True)
     return rows_of('training', name, batch, ways, 6*num_macs(model)*batch, model, batch, device, rounds)
 
-# %% ../nbs/20_benchmark.ipynb #c8862a5e
+# %% ../nbs/20_benchmark.ipynb #a0ea52d8
 def sampling_rows(name, # `DiT-S/4`
                   batch, # images
                   device, # a torch.device
@@ -246,7 +246,7 @@ def sampling_rows(name, # `DiT-S/4`
     with torch.no_grad(): rows = rows_of('sampling', name, batch, ways, work, model, 2*batch, device, rounds)
     return [r | dict(ms=r['ms']/steps) for r in rows]
 
-# %% ../nbs/20_benchmark.ipynb #5f31bd06
+# %% ../nbs/20_benchmark.ipynb #a3678ad8
 def print_rows(rows): # from `training_rows` or `sampling_rows`
     "The table, one line per row."
     print(f'{"":31}{"ms":>9}{"images/s":>10}{"GFLOP/s":>10}{"ceiling":>9}   times diffusers fp32')
@@ -270,7 +270,7 @@ def plot_rows(rows): # a figure
         ax.invert_yaxis()
     return fig
 
-# %% ../nbs/20_benchmark.ipynb #c442ddc8
+# %% ../nbs/20_benchmark.ipynb #0a1d3ee2
 def device_name(device): # text
     "The name of a GPU or of the processor."
     if device.type=='cuda': return torch.cuda.get_device_name(device)

@@ -232,7 +232,7 @@ def plan_model(config, # a `Config`
                device, # a torch.device
                memory, # bytes that may be used
                known, # dict: tokens → cost, multiply-adds and parameters of a model that was measured; it is added to
-               patience=8., # seconds that measuring it may take
+               patience=6., # seconds that measuring it may take
               ): # dict of what a step takes, in bytes and seconds; without `step` if the model does not fit
     "Measure a model or scale what was measured of a smaller one."
     facts = get_facts(config, data, 'none', build_objective(config, data.info.shape))
@@ -278,7 +278,7 @@ def plan(**options): # the options of `PlanConfig`
     noise, rows, known = random_data(info, o.batch_size).to(device), [], {}
     names = [o.model] if o.model else [f'DiT-{s}/{p}' for p in (2, 4, 8) for s in SIZES if info.shape[-1]%p==0]
     for name in names:
-        row = plan_model(replace(config, model=name), noise, device, memory, known, patience=50. if o.model else 8.)
+        row = plan_model(replace(config, model=name), noise, device, memory, known, patience=50. if o.model else 6.)
         if 'step' in row:
             row |= total_cost(config, info.shape, row['params'], config.steps, decoding=decoding,
                               **{k: row[k] for k in ('step', 'sampling')})
