@@ -7,13 +7,13 @@ __all__ = ['in_turns', 'plain_dit', 'diffusers_dit', 'official_dit', 'our_step',
            'peak_memory', 'rows_of', 'training_rows', 'sampling_rows', 'print_rows', 'plot_rows', 'device_name',
            'benchmark']
 
-# %% ../nbs/20_benchmark.ipynb #955890c8
+# %% ../nbs/20_benchmark.ipynb #07941ac8
 if __name__=='__main__' and '__file__' in globals():     # a command: parse the options before torch is imported
     import sys
     from mixmix_nb.config import main
     main('plan', [a for a in sys.argv[1:] if a!='--plan']) if '--plan' in sys.argv else main('benchmark')
 
-# %% ../nbs/20_benchmark.ipynb #f79e8e91
+# %% ../nbs/20_benchmark.ipynb #da14f421
 import copy, csv, importlib.util, platform, time, torch
 from functools import partial
 from pathlib import Path
@@ -32,7 +32,7 @@ from .speed import (PRECISIONS, Tabulated, best_precision, use_onednn, with_auto
 from .trainer import Trainer
 from .config import BenchmarkConfig, Config, check_options
 
-# %% ../nbs/20_benchmark.ipynb #cf880570
+# %% ../nbs/20_benchmark.ipynb #adcaf0fe
 def in_turns(ways, # dict of functions of no arguments
              rounds=9, # turns of each
             ): # dict: seconds of each round
@@ -45,7 +45,7 @@ def in_turns(ways, # dict of functions of no arguments
             if i: times[k].append(timer()-start)
     return times
 
-# %% ../nbs/20_benchmark.ipynb #0be6c0f2
+# %% ../nbs/20_benchmark.ipynb #93a4ea3a
 def plain_dit(model, # a `DiT` with attention
              ): # a copy with the same weights
     "A DiT whose patch embedding, attention and MLP are timm's, as in the official code."
@@ -62,7 +62,7 @@ def plain_dit(model, # a `DiT` with attention
         swap(b, 'mlp', Mlp(width, b.mlp.fc1.out_features, act_layer=gelu))
     return model
 
-# %% ../nbs/20_benchmark.ipynb #f1705fa4
+# %% ../nbs/20_benchmark.ipynb #a8062311
 def diffusers_dit(model, # a `DiT`: its sizes count, not its weights
                  ): # a function (x, t, cond) → prediction, its module
     "diffusers' model of the same size."
@@ -91,7 +91,7 @@ def official_dit(folder, # a checkout of facebookresearch/DiT
     if made is None: raise UserError(f'--peer official={folder}: its models.py has no {name}')
     return made(input_size=size)
 
-# %% ../nbs/20_benchmark.ipynb #73413722
+# %% ../nbs/20_benchmark.ipynb #b0a7148f
 def our_step(model, # a `DiT`
              batch, # images
              precision, # `no`, `bf16` or `fp16`
@@ -100,7 +100,7 @@ def our_step(model, # a `DiT`
             ): # a function of no arguments
     "A training step of this package."
     data = TensorData(torch.randint(0, 256, (batch, model.in_channels, *model.input_size), dtype=torch.uint8),
-                      torch.arange(batch), DataInfo('random', (model.in_channels, *model.input_size)))
+                      torch.arange(batch)%1000, DataInfo('random', (model.in_channels, *model.input_size)))
     model = copy.deepcopy(model)
     use_onednn(model, device)
     trainer = Trainer(model, ddpm_objective(Config()), data, batch=batch, device=device,
@@ -120,7 +120,7 @@ def plain_step(net, # a function (x, t, cond) → prediction
     model.to(device)
     opt, ema = torch.optim.AdamW(model.parameters(), 1e-4, weight_decay=0), copy.deepcopy(model)
     net, objective = with_autocast(net, precision, device), ddpm_objective(Config())
-    x, y = torch.randn(batch, *shape, device=device).clamp(-1, 1), torch.arange(batch, device=device)
+    x, y = torch.randn(batch, *shape, device=device).clamp(-1, 1), torch.arange(batch, device=device)%1000
     def step():
         rand = SimpleNamespace(t=torch.rand(batch, device=device), noise=torch.randn_like(x))
         loss = objective.loss(net, x, y, rand)['loss'].mean()
@@ -131,23 +131,25 @@ def plain_step(net, # a function (x, t, cond) → prediction
             for a,b in zip(ema.parameters(), model.parameters()): a.mul_(.9999).add_(b, alpha=1e-4)
     return step
 
-# %% ../nbs/20_benchmark.ipynb #18cdfe5e
+# %% ../nbs/20_benchmark.ipynb #4e530048
 def products(model, # a `DiT`
              batch, # images
              precision, # `no`, `bf16` or `fp16`
-             device, # a torch.device
+              device, # a torch.device
+             backward=True, # the backward pass, too
             ): # a function of no arguments, its number of operations
-    "The matrix products of the linear layers of one block, forward and backward, and nothing else."
+    "The matrix products of the linear layers of one block, and nothing else."
     tokens, dtype, todo, operations = batch*model.grid[0]*model.grid[1], PRECISIONS[precision] or torch.float32, [], 0
     block = copy.deepcopy(model.blocks[0]).to(device, dtype)
     use_onednn(block, device)
     for layer in (m for part in (block.attn, block.mlp) for m in part.modules() if isinstance(m, nn.Linear)):
         x = torch.randn(tokens, layer.in_features, device=device, dtype=dtype, requires_grad=True)
         todo.append((layer, x, torch.randn(tokens, layer.out_features, device=device, dtype=dtype)))
-        operations += 6*tokens*layer.weight.numel()
+        operations += (6 if backward else 2)*tokens*layer.weight.numel()
     def run():
         for layer,x,g in todo:
-            with torch.enable_grad(): torch.autograd.grad(layer(x), (x, layer.weight), g)
+            with torch.set_grad_enabled(backward): y = layer(x)
+            if backward: torch.autograd.grad(y, (x, layer.weight), g)
     return run, operations
 
 def copy_speed(device, # a torch.device
@@ -157,15 +159,16 @@ def copy_speed(device, # a torch.device
     b = torch.empty_like(a)
     return 2*a.nbytes/median(in_turns({'copy': lambda: b.copy_(a)}, 5)['copy'])
 
-# %% ../nbs/20_benchmark.ipynb #47d3b93a
+# %% ../nbs/20_benchmark.ipynb #0fe7dfde
 def peak_memory(step, # a function of no arguments
                 device, # a torch.device
                ): # MiB, or None on a CPU
-    "What PyTorch allocates on a GPU during one step, all that was there before included."
+    "What PyTorch allocates on a GPU during one step, beyond what was there before it."
     if device.type!='cuda': return None
+    before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     step()
-    return torch.cuda.max_memory_allocated(device)/2**20
+    return (torch.cuda.max_memory_allocated(device)-before)/2**20
 
 def rows_of(what, # `training` or `sampling`
             name, # `DiT-S/4`
@@ -179,7 +182,7 @@ def rows_of(what, # `training` or `sampling`
            ): # list of dicts
     "Measure some ways of doing the same; the first is what all are compared with."
     first, rows = next(iter(ways)), []
-    alone = {p: products(model, images, p, device) for p in dict.fromkeys(p for _,p in ways)}
+    alone = {p: products(model, images, p, device, what=='training') for p in dict.fromkeys(p for _,p in ways)}
     times = in_turns(ways | {('products', p): run for p,(run,_) in alone.items()}, rounds)
     top = {p: operations/median(times['products',p]) for p,(_,operations) in alone.items()}
     for who,precision in ways:
@@ -212,7 +215,7 @@ def training_rows(name, # `DiT-S/4`
         if compiled: ways['ours, compiled',p] = our_step(model, batch, p, device, True)
     return rows_of('training', name, batch, ways, 6*num_macs(model)*batch, model, batch, device, rounds)
 
-# %% ../nbs/20_benchmark.ipynb #a0ea52d8
+# %% ../nbs/20_benchmark.ipynb #d9c15508
 def sampling_rows(name, # `DiT-S/4`
                   batch, # images
                   device, # a torch.device
@@ -221,9 +224,9 @@ def sampling_rows(name, # `DiT-S/4`
                  ): # list of dicts, per step
     "Sampling by ours, as `python -m mixmix_nb.sample` does it, and by diffusers' model and scheduler."
     from diffusers import DDIMScheduler
-    labels, objective, ways = torch.arange(batch, device=device), Diffusion(), {}
+    labels, objective, ways = torch.arange(batch, device=device)%1000, Diffusion(), {}
     model = make_model(name, learn_sigma=False)
-    every = torch.cat([labels, labels.new_full((1,), 1000)])
+    every = torch.cat([labels, labels.new_full((1,), model.y_embedder.num_classes)])
     def theirs(net, scheduler, dtype):
         x = torch.randn(batch, 4, 32, 32, device=device, dtype=dtype)
         twice = torch.cat([labels, every[-1:].expand(batch)])
@@ -246,13 +249,13 @@ def sampling_rows(name, # `DiT-S/4`
     with torch.no_grad(): rows = rows_of('sampling', name, batch, ways, work, model, 2*batch, device, rounds)
     return [r | dict(ms=r['ms']/steps) for r in rows]
 
-# %% ../nbs/20_benchmark.ipynb #a3678ad8
+# %% ../nbs/20_benchmark.ipynb #5e2d3d57
 def print_rows(rows): # from `training_rows` or `sampling_rows`
     "The table, one line per row."
     print(f'{"":31}{"ms":>9}{"images/s":>10}{"GFLOP/s":>10}{"ceiling":>9}   times diffusers fp32')
     for r in rows:
         who = f'{r["what"]} {r["model"]} {r["who"]}, {"fp32" if r["precision"]=="no" else r["precision"]}'
-        memory = f', {r["peak_mib"]:,.0f} MiB' if r['peak_mib'] else ''
+        memory = f', {r["peak_mib"]:,.0f} MiB more' if r['peak_mib'] else ''
         print(f'{who:31}{r["ms"]:9.1f}{r["images_per_sec"]:10.1f}{r["gflops"]:10.0f}{r["share"]:9.0%}'
               f'   {r["ratio"]:.2f} ({r["ratio_min"]:.2f} to {r["ratio_max"]:.2f}){memory}', flush=True)
 
@@ -270,7 +273,7 @@ def plot_rows(rows): # a figure
         ax.invert_yaxis()
     return fig
 
-# %% ../nbs/20_benchmark.ipynb #0a1d3ee2
+# %% ../nbs/20_benchmark.ipynb #d34135b9
 def device_name(device): # text
     "The name of a GPU or of the processor."
     if device.type=='cuda': return torch.cuda.get_device_name(device)

@@ -254,8 +254,10 @@ def to_diffusers(ckpt, # what `find_weights` takes
     net.dit.load_state_dict(model.state_dict())
     if facts['vae']=='none': autoencoder = classes['Pixels']()
     else:
-        autoencoder = load_vae(vae or facts['vae']).model
-        c = autoencoder.config
+        v = load_vae(vae or facts['vae'])
+        if v.channels!=channels: raise UserError(f'{v.name} has {v.channels} latent channels, this model {channels}')
+        if getattr(v, 'rae', False): raise UserError(f'a DiTPipeline cannot decode with {v.name}, an AutoencoderRAE')
+        autoencoder, c = v.model, v.model.config
         odd = [k for k in ('shift_factor', 'latents_mean', 'latents_std') if c.get(k)]
         if odd: raise UserError(f'a DiTPipeline scales latents by one number; this autoencoder also has {odd[0]}')
     names = {i: c for i,c in enumerate(class_names(facts['classes']) or map(str, range(k)))}
@@ -281,7 +283,8 @@ def model_card(args, # options of the model, a namespace
     table = [f'| {k} | {v} |' for k,v in about.items() if v not in (None, '')]
     return '\n'.join(['---', 'library_name: mixmix_nb', 'tags: [diffusion, dit, image-generation]', '---', '',
         f'# {args.model}', '', *([f'![samples]({picture})', ''] if picture else []), '| | |', '|---|---|', *table, '',
-        'Trained with', '', '```bash', command, '```', '', 'Sample with `pip install mixmix_nb` and', '', '```python',
+        'Trained with', '', '```bash', command, '```', '',
+        'Sample after `pip install git+https://github.com/mixmix-nb/mixmix_nb` with', '', '```python',
         'from mixmix_nb.interop import from_pretrained',
         'model, args, facts = from_pretrained("THIS REPOSITORY")', '```', '',
         'or, from a local copy, `python -m mixmix_nb.sample --ckpt FOLDER`.', ''])

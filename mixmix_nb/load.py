@@ -145,7 +145,9 @@ def read_diffusers(folder, # of a `DiTPipeline`
     state = read_weights(file)['ema'] if file.suffix=='.safetensors' else read_checkpoint(file)
     if 'facts' in config:                                           # of `to_diffusers`
         state = {k.removeprefix('dit.'): v for k,v in state.items()}
-        return dict(ema=state, args=config['args'], facts=config['facts'])
+        facts = config['facts']
+        if facts['vae']!='none' and (folder/'vae'/'config.json').exists(): facts = facts | dict(vae=str(folder/'vae'))
+        return dict(ema=state, args=config['args'], facts=facts)
     kind = config.get('_class_name')                                # the second name is that of older versions
     norm = config.get('norm_type', 'ada_norm_zero')
     if kind not in ('DiTTransformer2DModel', 'Transformer2DModel') or norm!='ada_norm_zero':

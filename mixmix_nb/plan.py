@@ -251,7 +251,7 @@ def plan_model(config, # a `Config`
         base.image, base_macs, base_params = base.image/again, macs, params
         known[model.grid] = base, macs, params
     larger = macs/base_macs
-    step = parts*base.step*params/base_params + config.batch_size*base.image*again*larger
+    step = base.step*params/base_params + config.batch_size*base.image*again*larger
     return fits | dict(model=config.model, params=params, memory=rest+part*sizes[fits['grad_checkpoint']], step=step,
                        sampling=base.sampling*larger, measured=measured)
 

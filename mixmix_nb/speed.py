@@ -93,7 +93,8 @@ class _Product(torch.autograd.Function):
         x, w = ctx.saved_tensors
         rows, inputs = g.flatten(0, -2), x.flatten(0, -2)
         dx = onednn_linear(g, w.t()) if ctx.needs_input_grad[0] else None
-        return dx, onednn_linear(rows.t(), inputs.t()), rows.sum(0) if ctx.needs_input_grad[2] else None
+        dw = onednn_linear(rows.t(), inputs.t()) if ctx.needs_input_grad[1] else None
+        return dx, dw, rows.sum(0) if ctx.needs_input_grad[2] else None
 
 class OneDNNLinear(nn.Linear):
     "A linear layer whose fp32 products oneDNN computes."
