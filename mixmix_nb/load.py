@@ -116,7 +116,7 @@ NAMES = {                                           # diffusers' → DiT's
 def official_names(state, # weights of diffusers' `DiTTransformer2DModel`
                    config, # its config
                   ): # a state dict with the official names
-    "Rename, join query, key and value, keep one embedding of timestep and class: all blocks have a copy.."
+    "Rename, join query, key and value, keep one embedding of timestep and class, of which all blocks have a copy."
     out = {}
     for name,v in state.items():
         if name=='pos_embed.pos_embed': continue
