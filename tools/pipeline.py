@@ -9,14 +9,13 @@ from pathlib import Path
 from matplotlib.cbook import get_sample_data
 from matplotlib.patches import FancyBboxPatch, Rectangle
 from mixmix_nb.data import load_digits
-from mixmix_nb.sample import load_model
+from mixmix_nb.load import build_objective, load_model
 from mixmix_nb.samplers import ImageNoise, ddim, guided
-from mixmix_nb.train import build_objective
 from mixmix_nb.vae import load_vae
 
 run, vae = sys.argv[1:]
 model, config, facts = load_model(run)
-objective, digits, label = build_objective(config), load_digits(), 3
+objective, digits, label = build_objective(config, tuple(facts['shape'])), load_digits(), 3
 x0 = digits.x[digits.cond==label][0].float()/127.5-1                                 # (1,8,8)
 noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0))
 times = objective.timesteps(50)
@@ -51,13 +50,13 @@ def arrow(x, y, dx, dy, color=INK, lw=1.6): # from `x`, `y` in inches
     page.annotate('', (x+dx, y+dy), (x, y), arrowprops=dict(arrowstyle='-|>', color=color, lw=lw, mutation_scale=14))
 
 X, MID = [.9, 2.95, 5., 7.05, 9.1, 11.05], 1.85                                      # centres of the columns, and their middle
-stages = [('image', 'pixels', '10'), ('latent', 'large images only', '15, 16'), ('tokens', 'one per patch', '02'),
-          ('blocks', 'attention, MLP', '03 to 05'), ('noise', 'added to train', '06, 07, 09'), ('sample', 'noise removed', '08')]
+stages = [('image', 'pixels', '10'), ('latent', 'large images only', '15, 16'), ('noise', 'added to train', '06, 07, 09'),
+          ('tokens', 'one per patch', '02'), ('blocks', 'say what to remove', '03 to 05'), ('sample', 'noise removed', '08')]
 for x,(name, what, chapters) in zip(X, stages):
     page.text(x, 3.4, name, ha='center', va='center', fontsize=15, weight='bold', color=INK)
     page.text(x, 3.12, what, ha='center', va='center', fontsize=11, color=INK)
     page.text(x, .2, f'chapter{"s" if len(chapters)>2 else ""} {chapters}', ha='center', va='center', fontsize=11, color='#777777')
-half = [.75, .75, .75, .7, .5, .42]                                                  # width of what a column holds
+half = [.75, .75, .5, .75, .7, .42]                                                  # width of what a column holds
 for l,r,a,b in zip(X, X[1:], half, half[1:]): arrow(l+a, MID, r-l-a-b, 0)
 
 picture(x0, X[0]-.6, MID-.6, 1.2)
@@ -67,15 +66,18 @@ page.text(X[1], MID-.07, '256×256 → 32×32', ha='center', va='center', fontsi
 picture(z, X[1]-.5, MID-1.2, 1.)
 for k in range(16):
     i, j = divmod(k, 4)
-    picture(x0[:,2*i:2*i+2,2*j:2*j+2], X[2]-.66+.35*j, MID+.37-.35*i, .28)
+    picture(mixed[1][:,2*i:2*i+2,2*j:2*j+2], X[3]-.66+.35*j, MID+.37-.35*i, .28)
 for k in range(4):
     y = MID-.98+.52*k
-    page.add_patch(FancyBboxPatch((X[3]-.55, y), 1.1, .36, boxstyle='round,pad=.03', fc='#dbe7f3', ec='#4c78a8'))
-    page.text(X[3], y+.18, f'block {k+1}', ha='center', va='center', fontsize=10, color=INK)
-page.text(X[3], .55, 'timestep + class', ha='center', va='center', fontsize=9, color='#b25a00')
-arrow(X[3], .64, 0, .2, '#b25a00', 1.2)
+    page.add_patch(FancyBboxPatch((X[4]-.55, y), 1.1, .36, boxstyle='round,pad=.03', fc='#dbe7f3', ec='#4c78a8'))
+    page.text(X[4], y+.18, f'block {k+1}', ha='center', va='center', fontsize=10, color=INK)
+page.text(X[4], .55, 'timestep + class', ha='center', va='center', fontsize=9, color='#b25a00')
+arrow(X[4], .64, 0, .2, '#b25a00', 1.2)
 for k in range(4):
-    picture(mixed[k], X[4]-.27, MID+.57-.6*k, .54)
+    picture(mixed[k], X[2]-.27, MID+.57-.6*k, .54)
     picture(path[k], X[5]-.27, MID+.57-.6*k, .54)
-for x in X[4:]: arrow(x+.4, MID+1.05, 0, -2.2, '#b25a00', 1.2)
+for x in (X[2], X[5]): arrow(x+.4, MID+1.05, 0, -2.2, '#b25a00', 1.2)
+loop = dict(arrowstyle='-|>', color='#b25a00', lw=1.4, mutation_scale=14, connectionstyle='arc3,rad=-.16')
+page.annotate('', (X[2]+.3, .5), (X[4]-.62, .72), arrowprops=loop)
+page.text(X[3]-.35, .68, 'to sample: a little less noise, and again', ha='center', va='center', fontsize=9, color='#b25a00')
 fig.savefig(Path(__file__).parent.parent/'nbs'/'images'/'pipeline.png', dpi=130)
