@@ -113,7 +113,7 @@ def denoise(self:LearnedVariance, model, # (x, t, cond) → (B,2C,H,W)
             t, # timesteps, (B,)
             cond=None, # conditioning
            ): # an `Estimate` with `var_frac`
-    "Clean image, noise, and where between its bounds the log variance lies."
+    "Clean image, noise, and where between its limits the log variance lies."
     pred, raw = model(x, t, cond).to(x.dtype).chunk(2, 1)
     x0 = self.predict_x0(pred, x, t)
     return Estimate(x0, self.predict_eps(x0, x, t), (raw+1)/2)
