@@ -10,6 +10,7 @@ import os, torch
 import torch.distributed as dist
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
+from fastcore.basics import patch
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 from .core import RunError, UserError, get_device, rank, world_size
@@ -32,33 +33,11 @@ class Distributed(SingleProcess):
         cuda = device.type=='cuda'
         self.host = dist.new_group(backend='gloo', timeout=timeout) if cuda else None       # None: the default group
 
-    def place(self, model): # a module
-        "FSDP: shard the parameters block by block, in place. Each process keeps and updates its part."
-        if not self.shard: return model
-        from torch.distributed.fsdp import fully_shard              # torch ≥ 2.6
-        for b in model.blocks: fully_shard(b)
-        return fully_shard(model)
-
-    def wrap(self, net): # a module
-        "DDP: the same weights everywhere, gradients averaged while the backward pass runs. FSDP needs no wrapper."
-        if self.shard: return net
-        ids = [self.device.index] if self.device.type=='cuda' else None
-        return DistributedDataParallel(net, device_ids=ids, gradient_as_bucket_view=True)
-
-    def sync_grads(self, net, last): # a context manager
-        "Skip the all-reduce of gradients in all parts of a step but the last."
-        if self.shard: net.set_requires_gradient_sync(last)
-        return nullcontext() if last or self.shard else net.no_sync()
-
     def sum(self, x): # a tensor on the device
         "All-reduce a tensor."
         x = x.clone()
         dist.all_reduce(x)
         return x
-
-    def norm(self, x): # a 0-dim tensor
-        "Norm of the whole gradient; each process holds all of it under DDP, a part under FSDP."
-        return self.sum(x**2).sqrt() if self.shard else x
 
     def any(self, flag): # True or False
         "True on all ranks if `flag` is true on any; between the CPUs, so no GPU waits."
@@ -81,6 +60,33 @@ class Distributed(SingleProcess):
         out = [None]*self.world
         dist.all_gather_object(out, list(items), group=self.host)
         return [x for part in out for x in part]
+
+# %% ../nbs/14_distributed.ipynb #0c38119e
+@patch
+def place(self:Distributed, model): # a module
+    "FSDP: shard the parameters block by block, in place. Each process keeps and updates its part."
+    if not self.shard: return model
+    from torch.distributed.fsdp import fully_shard                  # torch ≥ 2.6
+    for b in model.blocks: fully_shard(b)
+    return fully_shard(model)
+
+@patch
+def wrap(self:Distributed, net): # a module
+    "DDP: the same weights everywhere, gradients averaged while the backward pass runs. FSDP needs no wrapper."
+    if self.shard: return net
+    ids = [self.device.index] if self.device.type=='cuda' else None
+    return DistributedDataParallel(net, device_ids=ids, gradient_as_bucket_view=True)
+
+@patch
+def sync_grads(self:Distributed, net, last): # a context manager
+    "Skip the all-reduce of gradients in all parts of a step but the last."
+    if self.shard: net.set_requires_gradient_sync(last)
+    return nullcontext() if last or self.shard else net.no_sync()
+
+@patch
+def norm(self:Distributed, x): # a 0-dim tensor
+    "Norm of the whole gradient; each process holds all of it under DDP, a part under FSDP."
+    return self.sum(x**2).sqrt() if self.shard else x
 
 # %% ../nbs/14_distributed.ipynb #b8682f40
 @contextmanager

@@ -28,8 +28,8 @@ from .flow import SiTFlow
 from .latents import is_cache
 from .load import (build_model, build_objective, class_names, load_model, read_model, save_weights,
                             write_weights)
-from .runs import COLUMNS, MetricsFile
-from .trainer import check_weights
+from .checkpoints import check_weights
+from .logs import COLUMNS, MetricsFile
 from .vae import load_vae
 
 # %% ../nbs/19_interop.ipynb #i190000b

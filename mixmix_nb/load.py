@@ -21,8 +21,8 @@ from .core import OBJECTIVES, UserError, atomic_write, hash_seed
 from .data import cache_dir
 from .dit import SIZES, make_model
 from .patches import grid_size, sincos_2d
-from .runs import Run, newest_checkpoint, read_checkpoint
-from .trainer import check_weights
+from .checkpoints import check_weights, newest_checkpoint, read_checkpoint
+from .runs import Run
 from .vae import load_vae
 from .resume import upgrade_checkpoint
 

@@ -23,7 +23,7 @@ from .images import DataInfo
 from .data import TensorData, open_data
 from .dit import SIZES, num_macs, num_params
 from .trainer import Callback, SingleProcess
-from .runs import duration, peak_memory_mb, time_left
+from .logs import duration, peak_memory_mb, time_left
 from .previews import Previews, preview_cond
 from .speed import choose_precision, with_autocast
 from .vae import VAE, load_vae

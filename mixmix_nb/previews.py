@@ -7,11 +7,13 @@ __all__ = ['generate', 'preview_labels', 'preview_cond', 'save_images', 'plot_cu
 
 # %% ../nbs/12_previews.ipynb #23d7def0
 import math, torch
-from .core import METRICS, SAMPLERS, atomic_write, image_grid, in_notebook, named_generator, rank
+from fastcore.basics import patch
+from .core import METRICS, SAMPLERS, StepRandoms, atomic_write, image_grid, in_notebook, named_generator, rank
 from .data import to_model, val_batches
 from .samplers import ImageNoise, guided
 from .trainer import Callback
-from .runs import COLUMNS, MetricsFile, out_of_memory
+from .runs import out_of_memory
+from .logs import COLUMNS, MetricsFile
 
 # %% ../nbs/12_previews.ipynb #b3bea389
 def generate(objective, # an `Objective`
@@ -108,41 +110,15 @@ class Previews(Callback):
 
     def after_step(self, trainer): # a `Trainer`
         "Draw if it is time."
-        if trainer.step%self.every==0 and not trainer.done: self.save(trainer, f'step_{trainer.step:07d}')
+        if trainer.step%self.every==0 and not trainer.done: self.save(trainer)
 
     def after_fit(self, trainer): # a `Trainer`
         "The last picture of a finished run."
-        if trainer.done: self.save(trainer, 'final')
+        if trainer.done: self.save(trainer)
 
-    @torch.no_grad()
-    def images(self, trainer): # (n,C,H,W) in [-1,1]
-        "The preview; each rank samples some of it."
-        per_rank, d = -(-self.n//trainer.dist.world), trainer.dist
-        ids = torch.arange(d.rank, per_rank*d.world, d.world)
-        cond, out = preview_cond(trainer, self.n), None
-        cond = None if cond is None else cond[ids%self.n]
-        batches = generate(trainer.objective, trainer.ema_net, cond, ids=ids, shape=trainer.data.info.shape,
-                           conditioner=getattr(trainer.ema, 'y_embedder', None), seed=trainer.seed,
-                           device=trainer.device, **self.sampling)
-        for i,x in batches:
-            x = self.decode(x) if self.decode else x
-            if out is None: out = x.new_zeros(per_rank*d.world, *x.shape[1:])
-            out[i.to(out.device)] = x
-        return d.sum(out)[:self.n]
-
-    def show(self, name): # of the picture
-        "In a notebook: samples and curves below the progress bar, in place of the ones before."
-        from IPython.display import Image, display
-        files = [self.run.samples_dir/f'{name}.png', self.run.path/'curves.png']
-        pictures = [Image(f.read_bytes(), format='png') for f in files if f.exists()]
-        if self.shown is None: self.shown = [display(p, display_id=True) for p in pictures]
-        else:
-            for handle,p in zip(self.shown, pictures): handle.update(p)
-
-    def save(self, trainer, # a `Trainer`
-             name, # of the picture
-            ):
+    def save(self, trainer): # a `Trainer`
         "Write samples and curves; if that fails, log it and continue."
+        name = 'final' if trainer.done else f'step_{trainer.step:07d}'
         with trainer.pause():
             try:
                 if self.n: x = self.images(trainer)
@@ -156,6 +132,33 @@ class Previews(Callback):
             except (RuntimeError, MemoryError) as e:
                 if not out_of_memory(e): raise
                 self.run.log(f'skipped previews for {name}: not enough memory; lower --num-sample-images ({self.n})')
+
+# %% ../nbs/12_previews.ipynb #a9ea5b23
+@patch
+@torch.no_grad()
+def images(self:Previews, trainer): # (n,C,H,W) in [-1,1]
+    "The preview; each rank samples some of it."
+    per_rank, d = -(-self.n//trainer.dist.world), trainer.dist
+    ids = torch.arange(d.rank, per_rank*d.world, d.world)
+    cond, out = preview_cond(trainer, self.n), None
+    cond = None if cond is None else cond[ids%self.n]
+    batches = generate(trainer.objective, trainer.ema_net, cond, ids=ids, shape=trainer.data.info.shape,
+                       conditioner=getattr(trainer.ema, 'y_embedder', None), seed=trainer.seed,
+                       device=trainer.device, **self.sampling)
+    for i,x in batches:
+        x = self.decode(x) if self.decode else x
+        if out is None: out = x.new_zeros(per_rank*d.world, *x.shape[1:])
+        out[i.to(out.device)] = x
+    return d.sum(out)[:self.n]
+
+@patch
+def show(self:Previews, name): # of the picture
+    "In a notebook: samples and curves below the progress bar, in place of the ones before."
+    from IPython.display import Image, display
+    files = [self.run.samples_dir/f'{name}.png', self.run.path/'curves.png']
+    pictures = [Image(f.read_bytes(), format='png') for f in files if f.exists()]
+    if self.shown is None: self.shown = [display(p, display_id=True) for p in pictures]
+    for handle,p in zip(self.shown, pictures): handle.update(p)
 
 # %% ../nbs/12_previews.ipynb #17234977
 class Validation(Callback):
@@ -178,7 +181,7 @@ class Validation(Callback):
         lo, first = min(d.rank*share, n-share), d.rank*share
         sums = torch.zeros(4, 2, device=trainer.device)
         for x,cond in val_batches(self.data, batch=size, lo=lo, hi=lo+share, workers=trainer.workers):
-            rand = trainer.randoms('val', lo, lo+len(x))
+            rand = StepRandoms(trainer.seed, 'val', lo, lo+len(x), trainer.data.info.shape, trainer.device)
             c = cond.to(trainer.device) if trainer.conditioner else None
             x = to_model(self.data, x.to(trainer.device), False, rand)
             loss = trainer.objective.loss(trainer.ema_net, x, c, rand)['loss']

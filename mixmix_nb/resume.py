@@ -10,8 +10,9 @@ __all__ = ['upgrade_checkpoint', 'changed_options', 'same_path', 'launch_id', 'w
 import dataclasses, os
 from pathlib import Path
 from .core import DATASETS, UserError
-from .runs import Run, list_runs, newest_checkpoint, read_checkpoint
-from .trainer import lr_at
+from .checkpoints import newest_checkpoint, read_checkpoint
+from .runs import Run, list_runs
+from .optim import lr_at
 from .config import CHANGEABLE, Config, flag
 
 # %% ../nbs/17_resume.ipynb #3d988984

@@ -22,7 +22,9 @@ from .core import DATASETS, METRICS, RunError, UserError, check_disk, hash_seed,
 from .data import cache_dir, fingerprint, holdout, in_memory, open_data
 from .dit import num_macs, num_params
 from .distributed import distributed
-from .runs import Checkpoints, Logger, Run, StopOnSignal, new_run, out_of_memory
+from .checkpoints import Checkpoints
+from .logs import Logger
+from .runs import Run, StopOnSignal, new_run, out_of_memory
 from .previews import Evaluate, Previews, Validation
 from .speed import (choose_compile, choose_precision, make_scaler, mfu, peak_flops, precision_warning, use_onednn,
                              with_autocast, wrap_for_training)

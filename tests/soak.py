@@ -14,7 +14,7 @@ import argparse, collections, os, platform, random, shutil, signal, socket, subp
 from pathlib import Path
 os.environ |= dict(OMP_NUM_THREADS='1', MPLBACKEND='Agg', HF_HUB_OFFLINE='1', MIXMIX_TIMEOUT='60')
 import torch, torch.distributed, mixmix_nb.config, mixmix_nb.train
-from mixmix_nb.runs import read_checkpoint
+from mixmix_nb.checkpoints import read_checkpoint
 from test_resume import assert_same, metrics
 
 LIMIT = 75          # seconds: if one is killed before the two have met, the other waits MIXMIX_TIMEOUT

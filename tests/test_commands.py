@@ -5,7 +5,7 @@ import numpy as np, pytest, torch
 from PIL import Image
 from conftest import SMALL, child_env, python, train
 from mixmix_nb.core import UserError
-from mixmix_nb.runs import read_checkpoint
+from mixmix_nb.checkpoints import read_checkpoint
 from mixmix_nb.train import train as train_function
 
 class Evil:

@@ -12,7 +12,7 @@ from mixmix_nb.images import DataInfo
 from mixmix_nb.interop import from_pretrained, push_to_hub, save_pretrained, to_diffusers
 from mixmix_nb.load import build_model, build_objective, facts_from_weights, load_model, save_weights
 from mixmix_nb.samplers import ddim
-from mixmix_nb.trainer import check_weights
+from mixmix_nb.checkpoints import check_weights
 from mixmix_nb.train import train
 
 SHORT = dict(data_path='latents4', num_sample_images=0, batch_size=4, num_workers=0)

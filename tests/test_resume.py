@@ -8,7 +8,6 @@ RUN = [*SMALL, '--steps', 24, '--ckpt-every', 6, '--lr', '1e-3']
 # kills itself inside the writing of the N-th checkpoint, after half of its bytes
 KILLED = '''
 import os, signal, sys, torch
-import mixmix_nb.runs as runs
 real, count = torch.save, 0
 class Half:
     def __init__(self, f, n): self.f, self.n = f, n
@@ -93,7 +92,7 @@ def test_a_resumed_run_holds_no_checkpoint(alone, tmp_path):
     "Bug 1 of the first edition: 16 bytes per parameter stayed in memory for the whole resumed run."
     code = '''
 import gc, weakref, mixmix_nb.resume as r, mixmix_nb.train as t
-from mixmix_nb.runs import Callback
+from mixmix_nb.trainer import Callback
 real, refs = r.read_checkpoint, []
 def read(*a, **kw):
     c = real(*a, **kw)
