@@ -22,7 +22,8 @@ from types import SimpleNamespace
 from torch import nn
 from torch.utils.benchmark import timer
 from .core import UserError
-from .data import DataInfo, TensorData
+from .data import TensorData
+from .images import DataInfo
 from .diffusion import Diffusion
 from .dit import make_model, num_macs
 from .distributed import get_device

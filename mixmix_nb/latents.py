@@ -23,7 +23,9 @@ from safetensors.torch import load_file, save_file
 from tempfile import TemporaryDirectory
 from torch.utils.data import Dataset
 from .core import RunError, UserError, atomic_write, check_disk, progress, rank, world_size
-from .data import DataInfo, TensorData, fingerprint, load, open_data, to_model
+from .data import TensorData, fingerprint, load, to_model
+from .datasets import open_data
+from .images import DataInfo
 from .distributed import distributed
 from .vae import load_vae
 from .config import LatentsConfig, check_options, import_plugins

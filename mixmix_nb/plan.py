@@ -20,7 +20,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from types import SimpleNamespace
 from .core import UserError, get_device, rank
 from .images import DataInfo
-from .data import TensorData, open_data
+from .data import TensorData
+from .datasets import open_data
 from .dit import SIZES, num_macs, num_params
 from .trainer import Callback, SingleProcess
 from .runs import duration, peak_memory_mb, time_left

@@ -19,7 +19,8 @@ from functools import partial
 from pathlib import Path
 import mixmix_nb
 from .core import DATASETS, METRICS, RunError, UserError, check_disk, hash_seed, rank, world_size
-from .data import cache_dir, fingerprint, holdout, in_memory, open_data
+from .data import fingerprint, holdout, in_memory
+from .datasets import cache_dir, open_data
 from .dit import num_macs, num_params
 from .distributed import distributed
 from .runs import Checkpoints, Logger, Run, StopOnSignal, new_run, out_of_memory

@@ -6,7 +6,7 @@
 import subprocess, sys, tempfile
 from pathlib import Path
 import torch, torch.nn as nn, torch.nn.functional as F
-from mixmix_nb.data import load_digits
+from mixmix_nb.datasets import load_digits
 from mixmix_nb.previews import generate
 from mixmix_nb.sample import load_model
 from mixmix_nb.train import build_objective

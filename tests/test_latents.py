@@ -8,7 +8,8 @@ from conftest import SMALL, child_env, python, torchrun, train
 from mixmix_nb import latents as L
 from mixmix_nb.config import main
 from mixmix_nb.core import StepRandoms, UserError
-from mixmix_nb.data import Part, open_data
+from mixmix_nb.data import Part
+from mixmix_nb.datasets import open_data
 from mixmix_nb.train import train as train_function
 from mixmix_nb.vae import VAE, load_vae
 
@@ -275,7 +276,8 @@ def test_what_cannot_be_measured_is_refused(home, tmp_path, monkeypatch, capsys,
 
 MEMORY = '''
 import os, resource, sys, torch, mixmix_nb.latents as L
-from mixmix_nb.data import DataInfo, TensorData
+from mixmix_nb.data import TensorData
+from mixmix_nb.images import DataInfo
 def used(): # MB; ru_maxrss of Linux counts what the parent had, too
     if sys.platform=='linux': return int(open('/proc/self/statm').read().split()[1])*os.sysconf('SC_PAGE_SIZE')/2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**20
