@@ -31,7 +31,8 @@ from .likelihood import ddpm_objective
 from .samplers import ImageNoise, ddim, guided
 from .speed import (PRECISIONS, Tabulated, best_precision, use_onednn, with_autocast, wrap_for_training)
 from .trainer import Trainer
-from .config import BenchmarkConfig, Config, check_options
+from .cli import check_options
+from .config import BenchmarkConfig, Config
 
 # %% ../nbs/20_benchmark.ipynb #adcaf0fe
 def in_turns(ways, # dict of functions of no arguments

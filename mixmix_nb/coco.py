@@ -17,7 +17,8 @@ from pathlib import Path
 from zipfile import BadZipFile, ZipFile
 from .core import RunError, UserError, atomic_write, check_disk, progress
 from .datasets import download
-from .config import CocoConfig, check_options
+from .cli import check_options
+from .config import CocoConfig
 
 # %% ../nbs/30_coco.ipynb #7f6de529
 def label_images(annotations, # the dict in an instances_*.json

@@ -28,7 +28,8 @@ from .datasets import open_data
 from .images import DataInfo
 from .distributed import distributed
 from .vae import load_vae
-from .config import LatentsConfig, check_options, import_plugins
+from .cli import check_options, import_plugins
+from .config import LatentsConfig
 
 # %% ../nbs/16_latents.ipynb #f2f640a0
 def sample_posterior(moments, # mean and, if there is one, standard deviation, (B,1 or 2,C,h,w)

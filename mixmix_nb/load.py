@@ -15,7 +15,8 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as as_safetensors
 from types import SimpleNamespace
-from .config import Config, check_options, flag
+from .cli import check_options, flag
+from .config import Config
 from .core import OBJECTIVES, UserError, atomic_write, hash_seed
 from .datasets import cache_dir, download
 from .dit import SIZES, make_model

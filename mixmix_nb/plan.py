@@ -29,7 +29,8 @@ from .previews import Previews, preview_cond
 from .speed import choose_precision, with_autocast
 from .vae import VAE, load_vae
 from .train import build_model, build_objective, get_facts, make_trainer
-from .config import Config, PlanConfig, check_options
+from .cli import check_options
+from .config import Config, PlanConfig
 
 # %% ../nbs/20_plan.ipynb #dfead676
 def stand_in_vae(device): # a `VAE`

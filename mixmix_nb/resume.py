@@ -12,7 +12,8 @@ from pathlib import Path
 from .core import DATASETS, UserError
 from .runs import Run, list_runs, newest_checkpoint, read_checkpoint
 from .trainer import lr_at
-from .config import CHANGEABLE, Config, flag
+from .cli import flag
+from .config import CHANGEABLE, Config
 
 # %% ../nbs/17_resume.ipynb #3d988984
 def upgrade_checkpoint(ckpt, # a dict with `args`

@@ -30,7 +30,8 @@ from .speed import (choose_compile, choose_precision, make_scaler, mfu, peak_flo
 from .trainer import Trainer
 from .vae import load_vae
 from .latents import EncodedData, encode, is_cache, open_cache, read_index
-from .config import Config, check_options, flag, import_plugins, make_config
+from .cli import check_options, flag, import_plugins
+from .config import Config, make_config
 from .load import build_model, build_objective
 from .interop import fit_weights, freeze, parse_lr_mult, read_source
 from .resume import check_resume, find_run, launch_id, read_resumable, resumed_lines
