@@ -11,7 +11,7 @@ from mixmix_nb.core import StepRandoms, UserError
 from mixmix_nb.data import Part
 from mixmix_nb.datasets import open_data
 from mixmix_nb.train import train as train_function
-from mixmix_nb.vae import VAE, load_vae
+from mixmix_nb.vae import VAE, load_vae, measure
 
 SIZE, SHARD, N = 32, 6, 21          # pixels, images per shard, images: four shards, the last one shorter
 ONE = dict(OMP_NUM_THREADS=1)       # the last bit of a sum depends on the number of threads
@@ -252,7 +252,7 @@ def test_representation_autoencoder(monkeypatch):
     assert (vae.channels, vae.factor, vae.size, vae.has_posterior)==(8, 8, 32, False)
     assert torch.equal(vae.moments(x)[0], z) and torch.equal(vae.decode(z), (model.decode(z).sample*2-1).clamp(-1, 1))
     with pytest.raises(UserError, match='--image-size 32'): vae.latent_size(64)
-    with pytest.raises(UserError, match='nothing to measure'): L.measure([], vae, 'nowhere')
+    with pytest.raises(UserError, match='nothing to measure'): measure([], vae, 'nowhere')
 
 @pytest.mark.parametrize('changes,words', [
     (dict(vae='video'), 'AutoencoderKLTemporalDecoder does not turn images into latents and back'),
