@@ -22,15 +22,17 @@ from types import SimpleNamespace
 from torch import nn
 from torch.utils.benchmark import timer
 from .core import UserError
-from .data import DataInfo, TensorData
+from .data import TensorData
+from .images import DataInfo
 from .diffusion import Diffusion
 from .dit import make_model, num_macs
-from .distributed import get_device
+from .core import get_device
 from .likelihood import ddpm_objective
 from .samplers import ImageNoise, ddim, guided
 from .speed import (PRECISIONS, Tabulated, best_precision, use_onednn, with_autocast, wrap_for_training)
 from .trainer import Trainer
-from .config import BenchmarkConfig, Config, check_options
+from .cli import check_options
+from .config import BenchmarkConfig, Config
 
 # %% ../nbs/20_benchmark.ipynb #adcaf0fe
 def in_turns(ways, # dict of functions of no arguments

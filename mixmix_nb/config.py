@@ -4,199 +4,94 @@
 
 # %% auto #0
 __all__ = ['CHANGEABLE', 'RECIPES', 'ONLY', 'COMMANDS', 'train_command', 'sample_command', 'latents_command', 'coco_command',
-           'opt', 'flag', 'check_option', 'did_you_mean', 'Parser', 'make_parser', 'import_plugins', 'parse',
-           'check_options', 'Config', 'make_config', 'SampleConfig', 'LatentsConfig', 'CocoConfig', 'InteropConfig',
-           'PlanConfig', 'BenchmarkConfig', 'main']
+           'Config', 'make_config', 'SampleConfig', 'LatentsConfig', 'CocoConfig', 'InteropConfig', 'PlanConfig',
+           'BenchmarkConfig', 'main']
 
 # %% ../nbs/17_config.ipynb #cac4e130
-import argparse, dataclasses, difflib, importlib, math, os, sys, typing
-from dataclasses import dataclass
+import dataclasses, importlib
 from functools import partial
-from fastcore.docments import docments
 from .core import CONDITIONERS, MIXERS, OBJECTIVES, SAMPLERS, UserError, run_command
+from .cli import Options, flag, opt, parse
 
-# %% ../nbs/17_config.ipynb #c09ada86
-def opt(default=None, # value when not given; None: decided later
-        choices=None, # allowed values: a tuple or a `Registry`
-        least=None, # smallest allowed value
-        below=None, # the value must be smaller than this
-        alias=None, # another name on the command line, accepted for older scripts
-        free=False, # may it change when a run is resumed?
-       ): # a dataclass field
-    "An option of a config, with the values it may take."
-    metadata = dict(choices=choices, least=least, below=below, alias=alias, free=free)
-    return dataclasses.field(default=default, metadata=metadata)
-
-def _option_type(field): # int, float, bool or str
-    "The type of a field's values, without its `None`."
-    kinds = [t for t in typing.get_args(field.type) if t is not type(None)]
-    return kinds[0] if kinds else field.type
-
-def flag(name): # as typed on the command line
-    "`batch_size` → `--batch-size`."
-    return '--'+name.replace('_', '-')
-
-# %% ../nbs/17_config.ipynb #707387ec
-def check_option(field, # a dataclass field made by `opt`
-                 value, # a value for it
-                ): # the value, of the field's type
-    "Raise `UserError` if a value has the wrong type or is not allowed."
-    kind, m, name = _option_type(field), field.metadata, flag(field.name)
-    if value is None: return None
-    words = {int: 'an integer', float: 'a finite number', bool: 'on or off', str: 'text'}
-    try: v = _on_off(value) if kind is bool else kind(str(value))
-    except ValueError: v = None
-    if v is None or kind is float and not math.isfinite(v):
-        raise UserError(f'{name} must be {words[kind]}, got {value!r}')
-    if v=='': raise UserError(f'{name} is empty')
-    if m['choices'] is not None and v not in m['choices']:
-        raise UserError(f'{name} must be one of {", ".join(m["choices"])}, got {v}{did_you_mean(v, m["choices"])}')
-    if m['least'] is not None and v<m['least']: raise UserError(f'{name} must be at least {m["least"]}, got {v}')
-    if m['below'] is not None and not v<m['below']: raise UserError(f'{name} must be below {m["below"]}, got {v}')
-    return v
-
-def did_you_mean(word, words): # text, empty if nothing is near
-    "A suggestion for an error message."
-    near = difflib.get_close_matches(str(word), list(words), 1)
-    return f'; did you mean {near[0]}?' if near else ''
-
-def _on_off(text): # True or False
-    "`on`, `yes`, `true` or `off`, `no`, `false` as a bool. Raises `ValueError` for anything else."
-    words = dict(on=True, yes=True, true=True, off=False, no=False, false=False)
-    if str(text).lower() not in words: raise ValueError(text)
-    return words[str(text).lower()]
-
-# %% ../nbs/17_config.ipynb #e3536f73
-class Parser(argparse.ArgumentParser):
-    "An `ArgumentParser` that raises `UserError`."
-    def error(self, message): # what argparse has to say
-        "Raise `UserError`."
-        raise UserError(f'{message}; see {self.prog} --help') from None
-
-def make_parser(config, # a dataclass whose fields are made by `opt`, each with a comment
-                prog, # the command, as typed
-               ): # a `Parser`; options that are not given are absent
-    "One `--option` per field, with its comment as help."
-    p = Parser(prog=prog, description=config.__doc__, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    comments = docments(config, full=True, returns=False)
-    for f in dataclasses.fields(config):
-        kind, m = _option_type(f), f.metadata
-        help = ' '.join((comments[f.name].docment or '').split())
-        if m['choices']: help += f'; one of {", ".join(map(str, m["choices"]))}'
-        if f.default is not None: help += f' (default: {f.default})'
-        names = [flag(f.name)] + [flag(a) for a in (m['alias'] or '').split()]
-        kw = dict(nargs='?', const='on', metavar='on/off') if kind is bool else dict(metavar=kind.__name__.upper())
-        if f.name=='mixed_precision': kw |= dict(nargs='?', const='best')
-        p.add_argument(*names, dest=f.name, help=help.replace('%', '%%'), **kw)
-        if kind is not bool: continue
-        p.add_argument('--no-'+names[0][2:], dest=f.name, action='store_const', const='off', help=argparse.SUPPRESS)
-    return p
-
-# %% ../nbs/17_config.ipynb #763b301c
-def import_plugins(names): # comma-separated module names, or None
-    "Import a user's modules, so that what they register can be named. The current folder is searched first."
-    for name in filter(None, (names or '').split(',')):
-        if os.getcwd() not in sys.path: sys.path.insert(0, os.getcwd())
-        try: importlib.import_module(name)
-        except ModuleNotFoundError as e:
-            if e.name!=name.split('.')[0]: raise
-            raise UserError(f'--plugin {name}: no such module') from None
-
-def parse(config, # a dataclass whose fields are made by `opt`
-          argv=None, # the arguments; those of the process by default
-          prog=None, # the command, as typed
-         ): # dict of the options that were given
-    "Parse a command line. Raises `UserError` for unknown options and values that are not allowed."
-    argv = sys.argv[1:] if argv is None else argv
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument('--plugin')
-    if hasattr(config, 'plugin'): import_plugins(first.parse_known_args(argv)[0].plugin)
-    p = make_parser(config, prog)
-    known, extra = p.parse_known_args(argv)
-    if extra:
-        name = extra[0].split('=')[0]
-        near = did_you_mean('--'+name.lstrip('-').replace('_', '-'), p._option_string_actions)
-        raise UserError(f'unknown option {name}{near or f"; see {p.prog} --help"}')
-    return check_options(config, vars(known))
-
-def check_options(config, # a dataclass whose fields are made by `opt`
-                  options, # dict of options
-                 ): # the same, each of its type
-    "Raise `UserError` for an option that does not exist or a value that is not allowed."
-    fields = {f.name: f for f in dataclasses.fields(config)}
-    for k in options:
-        if k in fields: continue
-        raise UserError(f'unknown option {k}{did_you_mean(k, fields)}')
-    return {k: check_option(fields[k], v) for k,v in options.items() if v is not None}
+# %% ../nbs/17_config.ipynb #5f6365f7
+class _Fixed(Options):
+    "What is trained (the same when a run is resumed)"
+    model: str = opt('DiT-S/4', 'DiT-{N,T,S,B,L,XL}/{patch size}, or a registered model')
+    image_size: int|None = opt(None, 'side of the images in pixels (default: 256)', least=1)
+    num_classes: int|None = opt(None, 'counted from the data; 0: unconditional', least=0)
+    flip: bool|None = opt(None, 'mirror images at random (default: on for photographs, off for digits)')
+    vae: str|None = opt(None, 'latents of ema, mse, a hub name, a folder; none: pixels (default: ema from 128 pixels)')
+    val_fraction: float = opt(0., 'fraction of the data held out for validation', least=0, below=1)
+    mixer: str = opt('attention', 'token mixer of the blocks', MIXERS)
+    bottleneck: int = opt(0, 'numbers that a patch is first reduced to, for large patches of pixels; 0: none', least=0)
+    conditioner: str = opt('classes', 'what the model is conditioned on', CONDITIONERS)
+    class_dropout_prob: float = opt(.1, 'probability of dropping a label, for guidance', least=0, below=1)
+    objective: str = opt('ddpm', 'what is trained', OBJECTIVES)
+    prediction: str|None = opt(None, 'what the network predicts (default: eps; flow: v)', ('eps', 'x0', 'v'))
+    schedule: str = opt('linear', 'noise schedule of ddpm', ('linear', 'cosine'))
+    learn_sigma: bool|None = opt(None, 'learn the variance too (default: on for eps, off otherwise)')
+    time_sampling: str = opt('uniform', 'distribution of t in training, flow', ('uniform', 'logit-normal'))
+    logit_mean: float = opt(0., 'mean of logit(t), logit-normal')
+    logit_std: float = opt(1., 'deviation of logit(t), logit-normal', least=1e-6)
+    time_shift: str = opt('1', 'timestep shift of flow, above 1: more time at high noise; auto: by the size of images')
+    v_loss: bool = opt(False, 'take the loss on the velocity, whatever the network predicts (flow)')
+    lr: float = opt(1e-4, 'peak learning rate', least=1e-12)
+    warmup: int = opt(0, 'steps of linear warmup', least=0)
+    lr_schedule: str = opt('constant', 'constant, or cosine decay to 0', ('constant', 'cosine'))
+    weight_decay: float = opt(0., "AdamW's, on matrices only", least=0)
+    beta2: float = opt(.999, "AdamW's decay of the second moment", least=0, below=1)
+    grad_clip: float = opt(0., 'clip the gradient norm to this; 0: off', least=0)
+    ema_decay: float = opt(.9999, 'decay of the EMA of the weights', least=0, below=1)
+    ema_warmup: bool = opt(True, 'start the EMA with a smaller decay')
+    seed: int = opt(0, 'random seed', alias='global_seed')
+    init_from: str|None = opt(None, 'begin a new run from these weights: a checkpoint, a run, a released file or name')
+    weights: str = opt('ema', 'which weights of --init-from', ('ema', 'model'))
+    ignore_weights: str|None = opt(None, 'weights of --init-from to leave out, e.g. projectors.*; comma-separated')
+    freeze: str|None = opt(None, 'names of weights that are not trained, e.g. blocks.[0-5].*; comma-separated')
+    lr_mult: str|None = opt(None, 'multiples of the learning rate, e.g. y_embedder.*=10; comma-separated')
 
 # %% ../nbs/17_config.ipynb #70f22caa
-@dataclass
-class Config:
+_PRECISIONS = dict(choices=('no', 'bf16', 'fp16', 'best'), alone='best')
+
+class _Machine(Options):
+    "Where it runs"
+    device: str = opt('auto', 'auto, cpu, cuda, cuda:1, mps')
+    plugin: str|None = opt(None, 'Python modules to import first, comma-separated')
+
+class _Free(_Machine):
+    "How it is carried out (may change when a run is resumed)"
+    data_path: str = opt('digits', 'image folder, latent cache, or digits, fashion-mnist, cifar10')
+    batch_size: int|None = opt(None, 'images per step per process (default: 16)', least=1)
+    global_batch_size: int|None = opt(None, 'images per step over all processes, instead of --batch-size', least=1)
+    accumulate: int = opt(1, 'parts that a process cuts its share of a step into', least=1)
+    epochs: float|None = opt(None, 'passes over the data (default: 100)', least=0)
+    steps: int|None = opt(None, 'optimizer steps, instead of --epochs', least=1)
+    resume: str|None = opt(None, 'a run, a checkpoint, or auto: the newest run with the same options')
+    results_dir: str = opt('results', 'folder of all runs')
+    ckpt_every: int = opt(10000, 'steps between checkpoints and previews', least=1)
+    ckpt_minutes: float = opt(0., 'also a checkpoint every so many minutes; 0: no', least=0)
+    keep_ckpts: int = opt(0, 'numbered checkpoints to keep; 0: all', least=0)
+    log_every: int = opt(100, 'steps between lines of the log', least=1)
+    num_sample_images: int = opt(16, 'images per preview; 0: no previews', least=0)
+    num_sampling_steps: str = opt('250', 'sampling steps of previews, e.g. 250, ddim50', alias='sample_steps')
+    sampler: str = opt('ddpm', 'sampler of previews', SAMPLERS)
+    cfg_scale: float = opt(4., 'guidance scale of previews; 1: no guidance', least=0)
+    metrics: str|None = opt(None, 'registered metrics to compute at each checkpoint, comma-separated')
+    tensorboard: bool = opt(False, 'also log to TensorBoard (optional dependency)')
+    wandb: bool = opt(False, 'also log to Weights & Biases (optional dependency)')
+    dry_run: bool = opt(False, 'print what this run would cost, from a few of its steps, and stop')
+    cache_latents: bool = opt(False, 'encode once, then train from the cache')
+    num_workers: int = opt(4, 'processes that decode images', least=0)
+    mixed_precision: str = opt('no', '16-bit matrix products; alone: best', **_PRECISIONS)
+    compile: str = opt('auto', 'torch.compile (auto: under CUDA, for long runs)', ('auto', 'on', 'off'))
+    grad_checkpoint: bool = opt(False, 'recompute activations in the backward pass to save memory')
+    shard: bool = opt(False, 'FSDP: spread weights, EMA and optimizer over the processes')
+
+class Config(_Free, _Fixed):
     "Train a Diffusion Transformer on a folder of images, or on the built-in digits."
-    data_path: str = opt('digits', free=True) # image folder, latent cache, or digits, fashion-mnist, cifar10
-    model: str = opt('DiT-S/4') # DiT-{N,T,S,B,L,XL}/{patch size}, or a registered model
-    image_size: int|None = opt(least=1) # side of the images in pixels (default: 256)
-    num_classes: int|None = opt(least=0) # counted from the data; 0: unconditional
-    batch_size: int|None = opt(least=1, free=True) # images per step per process (default: 16)
-    global_batch_size: int|None = opt(least=1, free=True) # images per step over all processes, instead of --batch-size
-    accumulate: int = opt(1, least=1, free=True) # parts that a process cuts its share of a step into
-    epochs: float|None = opt(least=0, free=True) # passes over the data (default: 100)
-    steps: int|None = opt(least=1, free=True) # optimizer steps, instead of --epochs
-    lr: float = opt(1e-4, least=1e-12) # peak learning rate
-    warmup: int = opt(0, least=0) # steps of linear warmup
-    lr_schedule: str = opt('constant', ('constant', 'cosine')) # constant, or cosine decay to 0
-    weight_decay: float = opt(0., least=0) # AdamW's, on matrices only
-    beta2: float = opt(.999, least=0, below=1) # AdamW's decay of the second moment
-    grad_clip: float = opt(0., least=0) # clip the gradient norm to this; 0: off
-    class_dropout_prob: float = opt(.1, least=0, below=1) # probability of dropping a label, for guidance
-    ema_decay: float = opt(.9999, least=0, below=1) # decay of the EMA of the weights
-    ema_warmup: bool = opt(True) # start the EMA with a smaller decay
-    flip: bool|None = opt() # mirror images at random (default: on for photographs, off for digits)
-    objective: str = opt('ddpm', OBJECTIVES) # what is trained
-    prediction: str|None = opt(choices=('eps', 'x0', 'v')) # what the network predicts (default: eps; flow: v)
-    schedule: str = opt('linear', ('linear', 'cosine')) # noise schedule of ddpm
-    learn_sigma: bool|None = opt() # learn the variance too (default: on for eps, off otherwise)
-    time_sampling: str = opt('uniform', ('uniform', 'logit-normal')) # distribution of t in training, flow
-    logit_mean: float = opt(0.) # mean of logit(t), logit-normal
-    logit_std: float = opt(1., least=1e-6) # deviation of logit(t), logit-normal
-    time_shift: str = opt('1') # timestep shift of flow, above 1: more time at high noise; auto: by the size of images
-    v_loss: bool = opt(False) # take the loss on the velocity, whatever the network predicts (flow)
-    mixer: str = opt('attention', MIXERS) # token mixer of the blocks
-    bottleneck: int = opt(0, least=0) # numbers that a patch is first reduced to, for large patches of pixels; 0: none
-    conditioner: str = opt('classes', CONDITIONERS) # what the model is conditioned on
-    vae: str|None = opt() # latents of ema, mse, a hub name, a folder; none: pixels (default: ema from 128 pixels)
-    cache_latents: bool = opt(False, free=True) # encode once, then train from the cache
-    mixed_precision: str = opt('no', ('no', 'bf16', 'fp16', 'best'), free=True) # 16-bit matrix products; alone: best
-    compile: str = opt('auto', ('auto', 'on', 'off'), free=True) # torch.compile (auto: under CUDA, for long runs)
-    grad_checkpoint: bool = opt(False, free=True) # recompute activations in the backward pass to save memory
-    shard: bool = opt(False, free=True) # FSDP: spread weights, EMA and optimizer over the processes
-    resume: str|None = opt(free=True) # a run's folder, a checkpoint, or auto: the newest run with the same options
-    init_from: str|None = opt() # begin a new run from these weights: a checkpoint, a run, a released file or its name
-    weights: str = opt('ema', ('ema', 'model')) # which weights of --init-from
-    ignore_weights: str|None = opt() # names of weights of --init-from to leave out, e.g. projectors.*; comma-separated
-    freeze: str|None = opt() # names of weights that are not trained, e.g. blocks.[0-5].*; comma-separated
-    lr_mult: str|None = opt() # multiples of the learning rate, e.g. y_embedder.*=10; comma-separated
-    ckpt_every: int = opt(10000, least=1, free=True) # steps between checkpoints and previews
-    ckpt_minutes: float = opt(0., least=0, free=True) # also a checkpoint every so many minutes; 0: no
-    keep_ckpts: int = opt(0, least=0, free=True) # numbered checkpoints to keep; 0: all
-    log_every: int = opt(100, least=1, free=True) # steps between lines of the log
-    num_sampling_steps: str = opt('250', alias='sample_steps', free=True) # sampling steps of previews, e.g. 250, ddim50
-    sampler: str = opt('ddpm', SAMPLERS, free=True) # sampler of previews
-    cfg_scale: float = opt(4., least=0, free=True) # guidance scale of previews; 1: no guidance
-    num_sample_images: int = opt(16, least=0, free=True) # images per preview; 0: no previews
-    val_fraction: float = opt(0., least=0, below=1) # fraction of the data held out for validation
-    metrics: str|None = opt(free=True) # registered metrics to compute at each checkpoint, comma-separated
-    results_dir: str = opt('results', free=True) # folder of all runs
-    tensorboard: bool = opt(False, free=True) # also log to TensorBoard (optional dependency)
-    wandb: bool = opt(False, free=True) # also log to Weights & Biases (optional dependency)
-    num_workers: int = opt(4, least=0, free=True) # processes that decode images
-    dry_run: bool = opt(False, free=True) # print what this run would cost, from a few of its steps, and stop
-    seed: int = opt(0, alias='global_seed') # random seed
-    device: str = opt('auto', free=True) # auto, cpu, cuda, cuda:1, mps
-    plugin: str|None = opt(free=True) # Python modules to import first, comma-separated
 
 # %% ../nbs/17_config.ipynb #2d89b424
-CHANGEABLE = {f.name for f in dataclasses.fields(Config) if f.metadata['free']}     # may change on resume
+CHANGEABLE = {f.name for f in dataclasses.fields(_Free)}        # may change on resume
 
 RECIPES = {                                         # options of named datasets that differ from the defaults
     'digits': dict(model='DiT-N/2', batch_size=32, steps=1600, lr=3e-3, warmup=50, lr_schedule='cosine', ema_decay=.995,
@@ -228,128 +123,111 @@ def make_config(given, # options that the user gave
     return config
 
 # %% ../nbs/17_config.ipynb #37c671b8
-@dataclass
-class SampleConfig:
+class _Checkpoint(Options):
+    "The model"
+    ckpt: str|None = opt(None, 'a checkpoint, a run, a folder of diffusers or the hub, or a name (required)')
+    weights: str = opt('ema', 'which weights', ('ema', 'model'))
+    ignore_weights: str|None = opt(None, 'names of weights to leave out, e.g. projectors.*; comma-separated')
+    objective: str = opt('ddpm', 'objective of bare weights; flow: those of SiT or REPA', OBJECTIVES)
+    num_classes: int|None = opt(None, 'classes; needed for bare weights trained without label dropout', least=0)
+    vae: str|None = opt(None, 'autoencoder of latents (default: the one of the run)')
+
+class SampleConfig(_Machine, _Checkpoint):
     "Sample images from a checkpoint."
-    ckpt: str|None = opt() # a checkpoint, a run, a folder of diffusers or the hub, or a name (required)
-    model: str|None = opt() # compared with the checkpoint: DiT-XL/2, …
-    image_size: int|None = opt(least=1) # compared with the checkpoint
-    num_classes: int|None = opt(least=0) # compared; needed for bare weights that were trained without label dropout
-    classes: str|None = opt() # names, or #0,#3 for positions; quote names with commas (default: see --labels)
-    labels: str = opt('balanced', ('balanced', 'random')) # without --classes: each class in turn, or at random
-    num_images: int|None = opt(least=1) # number of images (default: 16); with --interpolate per row (default: 9)
-    num_sampling_steps: str|None = opt(alias='sample_steps') # 250, 50, ddim50, 10,10,10 (default: as in previews)
-    sampler: str|None = opt(choices=SAMPLERS) # sampler (default: as in previews)
-    eta: float|None = opt(least=0, below=1.0000001) # noise of ddim: 0 deterministic, 1 as much as ddpm
-    cfg_scale: float|None = opt(least=0) # guidance scale, 1: none (default: as in previews)
-    guide_channels: int = opt(0, least=0) # guide the first n channels only (3: as DiT does); 0: all
-    guidance_interval: str|None = opt() # guide only in this part of the way, e.g. 0.2,0.8; 0 is data, 1 noise
-    guidance_rescale: float = opt(0., least=0, below=1.0000001) # undo the contrast that guidance adds: 0 no, 1 all
-    seed: int = opt(0, alias='global_seed') # random seed
-    batch_size: int = opt(64, least=1) # images at a time; does not change them
-    weights: str = opt('ema', ('ema', 'model')) # which weights
-    ignore_weights: str|None = opt() # names of weights to leave out, e.g. projectors.*; comma-separated
-    mixed_precision: str = opt('no', ('no', 'bf16', 'fp16', 'best')) # 16-bit matrix products; alone: best
-    compile: str = opt('off', ('on', 'off')) # torch.compile
-    objective: str = opt('ddpm', OBJECTIVES) # objective of bare weights; flow: those of SiT or REPA
-    vae: str|None = opt() # autoencoder that decodes latents (default: the one of the run)
-    each: bool = opt(False) # one PNG per image in a folder, instead of a grid
-    npz: str|None = opt() # all images in one file, uint8 (N,H,W,3), for ADM's evaluator, instead of a grid
-    interpolate: bool = opt(False) # a row per class, from one noise to another
-    trajectory: str|None = opt() # a GIF of the way from noise to the images of the grid
-    out: str = opt('samples', alias='results_dir') # file of the grid (samples.png), or folder
-    device: str = opt('auto') # auto, cpu, cuda, cuda:1, mps
-    plugin: str|None = opt() # Python modules to import first, comma-separated
+    model: str|None = opt(None, 'compared with the checkpoint: DiT-XL/2, …')
+    image_size: int|None = opt(None, 'compared with the checkpoint', least=1)
+    classes: str|None = opt(None, 'names, or #0,#3 for positions; quote names with commas (default: see --labels)')
+    labels: str = opt('balanced', 'without --classes: each class in turn, or at random', ('balanced', 'random'))
+    num_images: int|None = opt(None, 'number of images (default: 16); with --interpolate per row (default: 9)', least=1)
+    num_sampling_steps: str|None = opt(None, '250, ddim50, 10,10,10 (default: as in previews)', alias='sample_steps')
+    sampler: str|None = opt(None, 'sampler (default: as in previews)', SAMPLERS)
+    eta: float|None = opt(None, 'noise of ddim: 0 deterministic, 1 as much as ddpm', least=0, below=1.0000001)
+    cfg_scale: float|None = opt(None, 'guidance scale, 1: none (default: as in previews)', least=0)
+    guide_channels: int = opt(0, 'guide the first n channels only (3: as DiT does); 0: all', least=0)
+    guidance_interval: str|None = opt(None, 'guide only in this part of the way, e.g. 0.2,0.8; 0 is data, 1 noise')
+    guidance_rescale: float = opt(0., 'undo the contrast that guidance adds: 0 no, 1 all', least=0, below=1.0000001)
+    seed: int = opt(0, 'random seed', alias='global_seed')
+    batch_size: int = opt(64, 'images at a time; does not change them', least=1)
+    mixed_precision: str = opt('no', '16-bit matrix products; alone: best', **_PRECISIONS)
+    compile: str = opt('off', 'torch.compile', ('on', 'off'))
+    each: bool = opt(False, 'one PNG per image in a folder, instead of a grid')
+    npz: str|None = opt(None, "all images in one file, uint8 (N,H,W,3), for ADM's evaluator, instead of a grid")
+    interpolate: bool = opt(False, 'a row per class, from one noise to another')
+    trajectory: str|None = opt(None, 'a GIF of the way from noise to the images of the grid')
+    out: str = opt('samples', 'file of the grid (samples.png), or folder', alias='results_dir')
 
 # %% ../nbs/17_config.ipynb #52d9e299
-@dataclass
-class LatentsConfig:
+class LatentsConfig(_Machine):
     "Encode a dataset as latents, once, for training with --data-path FOLDER."
-    data_path: str|None = opt() # folder of images, or a named dataset (required)
-    out: str|None = opt(alias='results_dir') # folder for the latents (required)
-    vae: str = opt('ema') # autoencoder: ema, mse, a hub name or a folder
-    image_size: int|None = opt(least=1) # side of the images in pixels (default: 256; named datasets have their own)
-    flip: bool|None = opt() # encode mirrored images too (default: on for photographs)
-    measure: bool = opt(False) # write to --out a copy of --vae with measured mean and deviation per latent channel
-    mean_only: bool = opt(False) # leave out the standard deviations: half the disk space, no fresh samples
-    batch_size: int = opt(16, least=1) # images at a time
-    num_workers: int|None = opt(least=0) # processes that decode images (default: one per core, at most 4)
-    shard_size: int = opt(4096, least=1) # images per file
-    device: str = opt('auto') # auto, cpu, cuda, cuda:1
-    plugin: str|None = opt() # Python modules to import first, comma-separated
+    data_path: str|None = opt(None, 'folder of images, or a named dataset (required)')
+    out: str|None = opt(None, 'folder for the latents (required)', alias='results_dir')
+    vae: str = opt('ema', 'autoencoder: ema, mse, a hub name or a folder')
+    image_size: int|None = opt(None, 'side of the images in pixels (default: 256, or that of a named dataset)', least=1)
+    flip: bool|None = opt(None, 'encode mirrored images too (default: on for photographs)')
+    measure: bool = opt(False, 'write to --out a copy of --vae with measured mean and deviation per latent channel')
+    mean_only: bool = opt(False, 'leave out the standard deviations: half the disk space, no fresh samples')
+    batch_size: int = opt(16, 'images at a time', least=1)
+    num_workers: int|None = opt(None, 'processes that decode images (default: one per core, at most 4)', least=0)
+    shard_size: int = opt(4096, 'images per file', least=1)
 
-@dataclass
-class CocoConfig:
+class CocoConfig(Options):
     "Download MS-COCO 2017 and arrange it in class folders for training."
-    output_dir: str = opt('data/coco') # folder for everything
-    val_only: bool = opt(False) # only the validation split: 5,000 images, about 1 GB
-    include_val: bool = opt(False) # both splits; without either option, only train
-    skip_download: bool = opt(False) # use the archives that are in the output folder
-    label: str = opt('largest', ('largest', 'most-frequent', 'multi')) # class of an image
-    base_url: str = opt('https://images.cocodataset.org') # address of a mirror
-    keep_zips: bool = opt(False) # keep the archives after unpacking
+    output_dir: str = opt('data/coco', 'folder for everything')
+    val_only: bool = opt(False, 'only the validation split: 5,000 images, about 1 GB')
+    include_val: bool = opt(False, 'both splits; without either option, only train')
+    skip_download: bool = opt(False, 'use the archives that are in the output folder')
+    label: str = opt('largest', 'class of an image', ('largest', 'most-frequent', 'multi'))
+    base_url: str = opt('https://images.cocodataset.org', 'address of a mirror')
+    keep_zips: bool = opt(False, 'keep the archives after unpacking')
 
 # %% ../nbs/17_config.ipynb #af67817c
-@dataclass
-class InteropConfig:
+class InteropConfig(_Checkpoint):
     "Write a trained model for others: a folder for diffusers or for the hub, or one file of weights."
-    ckpt: str|None = opt() # a checkpoint, a run, a folder of diffusers, or a name (required)
-    to: str = opt('diffusers', ('diffusers', 'hub', 'safetensors')) # a DiTPipeline, a hub folder, a .safetensors file
-    out: str|None = opt() # the folder or file to write (required without --push)
-    push: str|None = opt() # upload to this name on the Hugging Face hub, e.g. me/clothes
-    weights: str = opt('ema', ('ema', 'model')) # which weights
-    ignore_weights: str|None = opt() # names of weights to leave out, e.g. projectors.*; comma-separated
-    objective: str = opt('ddpm', OBJECTIVES) # objective of bare weights; flow: those of SiT or REPA
-    num_classes: int|None = opt(least=0) # needed for bare weights that were trained without label dropout
-    vae: str|None = opt() # autoencoder of the folder (default: the one of the run)
-    plugin: str|None = opt() # Python modules to import first, comma-separated
+    to: str = opt('diffusers', 'a DiTPipeline, a hub folder, a .safetensors file', ('diffusers', 'hub', 'safetensors'))
+    out: str|None = opt(None, 'the folder or file to write (required without --push)')
+    push: str|None = opt(None, 'upload to this name on the Hugging Face hub, e.g. me/clothes')
+    plugin: str|None = opt(None, 'Python modules to import first, comma-separated')
 
-@dataclass
-class PlanConfig:
+class PlanConfig(_Machine):
     "What training would cost on this device, for every model that fits."
-    dataset_size: int|None = opt(least=1) # number of images (this or --data-path is required)
-    data_path: str|None = opt() # folder of images or a named dataset, instead of --dataset-size
-    image_size: int|None = opt(least=1) # side of the images in pixels (default: 256; from 128 on: latents)
-    epochs: float = opt(100., least=0) # passes over the data
-    model: str|None = opt() # this model only (default: all sizes with patches of 2, 4 and 8)
-    batch_size: int = opt(256, least=1) # images per step
-    mixed_precision: str = opt('best', ('no', 'bf16', 'fp16', 'best')) # 16-bit matrix products; best: if the device can
-    compile: str = opt('off', ('on', 'off')) # measure with torch.compile, which itself takes minutes
-    ckpt_every: int = opt(10000, least=1) # steps between checkpoints and previews
-    num_sampling_steps: str = opt('250', alias='sample_steps') # sampling steps of previews
-    num_sample_images: int = opt(16, least=0) # images per preview; 0: no previews
-    memory: float|None = opt(least=1e-3) # GB that a run may use (default: what is free now)
-    device: str = opt('auto') # auto, cpu, cuda, cuda:1, mps
+    dataset_size: int|None = opt(None, 'number of images (this or --data-path is required)', least=1)
+    data_path: str|None = opt(None, 'folder of images or a named dataset, instead of --dataset-size')
+    image_size: int|None = opt(None, 'side of the images in pixels (default: 256; from 128 on: latents)', least=1)
+    epochs: float = opt(100., 'passes over the data', least=0)
+    model: str|None = opt(None, 'this model only (default: all sizes with patches of 2, 4 and 8)')
+    batch_size: int = opt(256, 'images per step', least=1)
+    mixed_precision: str = opt('best', '16-bit matrix products; best: if the device can', **_PRECISIONS)
+    compile: str = opt('off', 'measure with torch.compile, which itself takes minutes', ('on', 'off'))
+    ckpt_every: int = opt(10000, 'steps between checkpoints and previews', least=1)
+    num_sampling_steps: str = opt('250', 'sampling steps of previews', alias='sample_steps')
+    num_sample_images: int = opt(16, 'images per preview; 0: no previews', least=0)
+    memory: float|None = opt(None, 'GB that a run may use (default: what is free now)', least=1e-3)
 
-@dataclass
-class BenchmarkConfig:
+class BenchmarkConfig(_Machine):
     "Time training steps and sampling beside diffusers and a plain DiT, on this device."
-    model: str = opt('DiT-S/4') # models, comma-separated
-    batch_size: int = opt(8, least=1) # images per step
-    rounds: int = opt(9, least=1) # turns of each
-    num_sampling_steps: int = opt(10, least=1) # sampling steps
-    compile: bool = opt(False) # ours by torch.compile, too
-    peer: str|None = opt() # official=FOLDER: also the model of a checkout of facebookresearch/DiT
-    device: str = opt('auto') # auto, cpu, cuda, cuda:1, mps
-    out: str = opt('benchmark', alias='results_dir') # folder for the table and the figure
+    model: str = opt('DiT-S/4', 'models, comma-separated')
+    batch_size: int = opt(8, 'images per step', least=1)
+    rounds: int = opt(9, 'turns of each', least=1)
+    num_sampling_steps: int = opt(10, 'sampling steps', least=1)
+    compile: bool = opt(False, 'ours by torch.compile, too')
+    peer: str|None = opt(None, 'official=FOLDER: also the model of a checkout of facebookresearch/DiT')
+    out: str = opt('benchmark', 'folder for the table and the figure', alias='results_dir')
 
 # %% ../nbs/17_config.ipynb #2be21fcf
-COMMANDS = {'train': (Config, 'interrupted; continue with --resume auto'), 'sample': (SampleConfig, 'interrupted'),
-            'latents': (LatentsConfig, 'interrupted; run the same command again to continue'),
-            'coco': (CocoConfig, 'interrupted; run the same command again to continue'),
-            'interop': (InteropConfig, 'interrupted'), 'plan': (PlanConfig, 'interrupted'),
-            'benchmark': (BenchmarkConfig, 'interrupted')}
+COMMANDS = dict(train=Config, sample=SampleConfig, latents=LatentsConfig, coco=CocoConfig, interop=InteropConfig,
+                plan=PlanConfig, benchmark=BenchmarkConfig)
+_AFTER_CTRL_C = dict(train='continue with --resume auto', latents='run the same command again to continue',
+                     coco='run the same command again to continue')
 
 def main(name, # a key of `COMMANDS`: module and function have this name
          argv=None, # the arguments; those of the process by default
         ):
     "Run a command and exit: parse its options, which needs no torch, then import its module and call its function."
-    config, interrupted = COMMANDS[name]
     def run():
-        options = parse(config, argv, f'python -m mixmix_nb.{name}')
+        options = parse(COMMANDS[name], argv, f'python -m mixmix_nb.{name}')
         result = getattr(importlib.import_module(f'mixmix_nb.{name}'), name)(**options)
         return result if isinstance(result, int) else 0
-    run_command(run, interrupted)
+    run_command(run, '; '.join(['interrupted', *filter(None, [_AFTER_CTRL_C.get(name)])]))
 
 train_command, sample_command, latents_command, coco_command = (
     partial(main, name) for name in ('train', 'sample', 'latents', 'coco'))

@@ -71,9 +71,9 @@ SAMPLERS = Registry('sampler',          # (objective, model, noise, cond, **opti
     ddpm='mixmix_nb.samplers:ddpm', ddim='mixmix_nb.samplers:ddim', euler='mixmix_nb.samplers:ddim',
     heun='mixmix_nb.samplers:heun', dpmpp_2m='mixmix_nb.samplers:dpmpp_2m')
 DATASETS = Registry('dataset', **{      # () → dataset
-    'digits': 'mixmix_nb.data:load_digits',
-    'fashion-mnist': 'mixmix_nb.data:load_fashion_mnist',
-    'cifar10': 'mixmix_nb.data:load_cifar10'})
+    'digits': 'mixmix_nb.datasets:load_digits',
+    'fashion-mnist': 'mixmix_nb.datasets:load_fashion_mnist',
+    'cifar10': 'mixmix_nb.datasets:load_cifar10'})
 AUTOENCODERS = Registry('autoencoder',  # a name on the Hugging Face hub, a folder, or () → autoencoder
     ema='stabilityai/sd-vae-ft-ema', mse='stabilityai/sd-vae-ft-mse')
 METRICS = Registry('metric')            # (trainer) → a number, computed at each checkpoint

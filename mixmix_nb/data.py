@@ -4,17 +4,13 @@
 
 # %% auto #0
 __all__ = ['TensorData', 'InfiniteShuffle', 'Readable', 'collate', 'ignore_signals', 'load', 'batches', 'val_batches', 'to_model',
-           'Part', 'holdout', 'fingerprint', 'in_memory', 'load_digits', 'cache_dir', 'load_torchvision',
-           'load_fashion_mnist', 'load_cifar10', 'open_data']
+           'Part', 'holdout', 'fingerprint', 'in_memory']
 
 # %% ../nbs/10_data.ipynb #c45287d9
-import atexit, copy, hashlib, math, multiprocessing, os, signal, tempfile, threading, torch, weakref
-import numpy as np
-from importlib.resources import files
-from pathlib import Path
+import atexit, hashlib, math, multiprocessing, os, signal, threading, torch, weakref
 from torch.utils.data import DataLoader, Dataset, get_worker_info
-from .core import DATASETS, RunError, UserError, named_generator
-from .images import LAYOUT, DataInfo, FolderData
+from .core import RunError, UserError, named_generator
+from .images import FolderData
 
 # %% ../nbs/10_data.ipynb #76fd365d
 class TensorData(Dataset):
@@ -31,12 +27,6 @@ class TensorData(Dataset):
     def batch(self, i): # x (B,C,H,W), cond (B,...)
         "The samples with indices `i`, a list."
         return self[torch.as_tensor(i, device=self.x.device)]
-
-    def subset(self, i): # a `TensorData`
-        "The samples with indices `i`."
-        part = copy.copy(self)
-        part.x, part.cond = self[i.to(self.x.device)]
-        return part
 
     def to(self, device): # this dataset
         "Move it to a device."
@@ -198,7 +188,7 @@ class Part(Dataset):
                  indices, # integers (n,)
                 ):
         self.data, self.indices, self.info = data, indices, data.info
-        for name in ('to_model', 'vae', 'meta', 'image_size'):
+        for name in ('to_model', 'vae', 'meta', 'image_size', 'bad'):
             if hasattr(data, name): setattr(self, name, getattr(data, name))
         if hasattr(data, 'batch'): self.batch = self._batch         # methods can be pickled, lambdas cannot
         if hasattr(data, 'name_of'): self.name_of = self._name_of
@@ -217,8 +207,7 @@ def holdout(data, # a dataset
     n = max(1, round(len(data)*fraction))
     if n>=len(data): raise UserError(f'--val-fraction {fraction:g} of {len(data)} images leaves none to train on')
     i = torch.randperm(len(data), generator=named_generator(seed, 'split'))
-    parts = i[n:].sort().values, i[:n].sort().values
-    return tuple(data.subset(p) if isinstance(data, TensorData) else Part(data, p) for p in parts)
+    return Part(data, i[n:].sort().values), Part(data, i[:n].sort().values)
 
 def fingerprint(data): # text
     "What identifies a dataset's contents."
@@ -238,52 +227,3 @@ def in_memory(data, # a dataset
     if not isinstance(data, FolderData) or len(data)*math.prod(data.info.shape)>limit: return data
     x, cond, bad = zip(*load(data, torch.arange(len(data)).split(64), workers))
     return TensorData(torch.cat(x), torch.cat(cond), data.info, dict.fromkeys(sum(bad, []))).to(device)
-
-# %% ../nbs/10_data.ipynb #bdc1f479
-def load_digits(): # a `TensorData` of 1,797 images, (1,8,8)
-    "The built-in dataset: handwritten digits of 8×8 pixels (Alpaydin & Kaynak 1998, UCI), as scikit-learn has them."
-    with np.load(files('mixmix_nb')/'digits.npz') as d: images, labels = d['images'], d['labels']
-    x = torch.tensor(images*(255/16)).round().byte()[:,None]
-    return TensorData(x, torch.tensor(labels).long(), DataInfo('digits', (1, 8, 8), [str(i) for i in range(10)]))
-
-# %% ../nbs/10_data.ipynb #dcfc04b7
-def cache_dir(): # a `Path`
-    "Where downloads and latents are kept: MIXMIX_CACHE, or ~/.cache/mixmix_nb (no home: in the temporary folder)."
-    home = os.path.expanduser('~')                                  # `~` itself for an unknown user
-    default = Path(tempfile.gettempdir() if home=='~' else home, '.cache', 'mixmix_nb')
-    return Path(os.environ.get('MIXMIX_CACHE') or default)
-
-def load_torchvision(name, # a class of `torchvision.datasets`
-                     flip, # is it right to mirror its images?
-                    ): # a `TensorData`
-    "A training set of torchvision, downloaded to `cache_dir()` if it is not there. Raises `UserError` if that fails."
-    import torchvision.datasets as sets
-    try: d = getattr(sets, name)(cache_dir(), train=True, download=True)
-    except Exception as e:
-        reason = (str(e).strip() or type(e).__name__).splitlines()[-1]
-        raise UserError(f'{name} in {cache_dir()} is missing or incomplete and could not be downloaded ({reason}); '
-                        'put a copy there, or set MIXMIX_CACHE to the folder where torchvision keeps it') from None
-    x = torch.as_tensor(d.data)                                     # (N,H,W) or (N,H,W,3)
-    x = x[:,None] if x.ndim==3 else x.permute(0, 3, 1, 2).contiguous()
-    return TensorData(x, torch.as_tensor(d.targets), DataInfo(name.lower(), tuple(x.shape[1:]), list(d.classes), flip))
-
-def load_fashion_mnist(): # a `TensorData` of 60,000 images, (1,28,28)
-    "Fashion-MNIST: grey photographs of clothes. Not mirrored: all shoes point the same way."
-    return load_torchvision('FashionMNIST', False)
-
-def load_cifar10(): # a `TensorData` of 50,000 images, (3,32,32)
-    "CIFAR-10: colour photographs of ten kinds of animals and vehicles."
-    return load_torchvision('CIFAR10', True)
-
-def open_data(path, # a key of `core.DATASETS`, or a folder
-              image_size=None, # side of the images in pixels; a named dataset has its own, a folder 256
-             ): # a dataset
-    "Open a dataset. Raises `UserError` if it does not exist."
-    if path in DATASETS:
-        data = DATASETS[path]()
-        if image_size not in (None, data.info.shape[-1]):
-            raise UserError(f'{path} has images of {data.info.shape[-1]} pixels; omit --image-size')
-        return data
-    if os.path.sep not in path and not os.path.exists(os.path.expanduser(path)):
-        raise UserError(f'--data-path {path} is neither a folder nor one of {", ".join(DATASETS)}; {LAYOUT}')
-    return FolderData(path, image_size or 256)

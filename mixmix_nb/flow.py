@@ -76,6 +76,13 @@ def denoise(self:Flow, model, # (x, t, cond) → prediction
     return Estimate((x-s*out)/a.clamp(min=1e-4), out)           # at t=1 noise says nothing about the image
 
 @patch
+def loss_weight(self:Flow, t): # (B,)
+    "The squared error of the velocity, as a multiple of that of the prediction (Li & He 2025, with their clamp)."
+    if self.prediction=='v': return torch.ones_like(t)
+    return (t if self.prediction=='x0' else 1-t).clamp(min=.05)**-2
+
+# %% ../nbs/09_flow.ipynb #768a25b6
+@patch
 def shifted(self:Flow, t): # times in [0,1], of the same kind
     "Times moved towards the noise: t → shift·t/(1+(shift−1)·t) (Esser et al. 2024, eq. 23)."
     return self.shift*t/(1+(self.shift-1)*t)
@@ -94,12 +101,6 @@ def sample_t(self:Flow, u): # times in [0,1], (B,)
         mean, std = self.logit_normal
         u = (mean + std*math.sqrt(2)*torch.erfinv(2*u-1)).sigmoid()
     return self.shifted(u)
-
-@patch
-def loss_weight(self:Flow, t): # (B,)
-    "The squared error of the velocity, as a multiple of that of the prediction (Li & He 2025, with their clamp)."
-    if self.prediction=='v': return torch.ones_like(t)
-    return (t if self.prediction=='x0' else 1-t).clamp(min=.05)**-2
 
 # %% ../nbs/09_flow.ipynb #2ff9ed0b
 def flow_objective(config, # has `prediction`, `time_shift`, `time_sampling`, `logit_mean`, `logit_std`, `v_loss`

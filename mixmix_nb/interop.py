@@ -21,7 +21,8 @@ from pathlib import Path
 from shlex import quote
 from torch.nn.functional import silu
 from types import SimpleNamespace
-from .config import ONLY, Config, InteropConfig, check_options, flag, import_plugins, make_config
+from .cli import check_options, flag, import_plugins
+from .config import ONLY, Config, InteropConfig, make_config
 from .conditioning import timestep_embedding
 from .core import DATASETS, METRICS, UserError, atomic_write
 from .flow import SiTFlow

@@ -15,10 +15,10 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as as_safetensors
 from types import SimpleNamespace
-from .config import Config, check_options, flag
-from .coco import download
+from .cli import check_options, flag
+from .config import Config
 from .core import OBJECTIVES, UserError, atomic_write, hash_seed
-from .data import cache_dir
+from .datasets import cache_dir, download
 from .dit import SIZES, make_model
 from .patches import grid_size, sincos_2d
 from .checkpoints import check_weights, newest_checkpoint, read_checkpoint

@@ -20,15 +20,18 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from types import SimpleNamespace
 from .core import UserError, get_device, rank
 from .images import DataInfo
-from .data import TensorData, open_data
+from .data import TensorData
+from .datasets import open_data
 from .dit import SIZES, num_macs, num_params
 from .trainer import Callback, SingleProcess
 from .logs import duration, peak_memory_mb, time_left
 from .previews import Previews, preview_cond
 from .speed import choose_precision, with_autocast
 from .vae import VAE, load_vae
-from .train import build_model, build_objective, get_facts, make_trainer
-from .config import Config, PlanConfig, check_options
+from .load import build_model, build_objective
+from .train import get_facts, make_trainer
+from .cli import check_options
+from .config import Config, PlanConfig
 
 # %% ../nbs/20_plan.ipynb #dfead676
 def stand_in_vae(device): # a `VAE`

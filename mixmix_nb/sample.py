@@ -28,8 +28,9 @@ from .load import class_ids, class_names, load_model, make_decoder
 from .previews import generate, preview_labels, save_images
 from .speed import PRECISIONS, Tabulated, choose_compile, choose_precision, use_onednn
 from .trainer import SingleProcess
-from .train import build_objective
-from .config import SampleConfig, check_options, flag, import_plugins
+from .load import build_objective
+from .cli import check_options, flag, import_plugins
+from .config import SampleConfig
 
 # %% ../nbs/18_sample.ipynb #7bc21af9
 def sampling_cond(model, # a `DiT`

@@ -9,7 +9,8 @@ import argparse, platform, statistics, tempfile, time
 import torch
 from torch.utils.benchmark import timer
 from mixmix_nb.config import Config
-from mixmix_nb.data import DataInfo, TensorData, batches
+from mixmix_nb.data import TensorData, batches
+from mixmix_nb.images import DataInfo
 from mixmix_nb.dit import make_model
 from mixmix_nb.latents import EncodedData, encode, open_cache
 from mixmix_nb.likelihood import ddpm_objective

@@ -23,7 +23,8 @@ device = torch.device(args.device)
 x, y = torch.randint(0, 256, (64, 4, 32, 32), dtype=torch.uint8, device=device), torch.arange(64, device=device)
 
 def make_new(precision): # a function of no arguments: one step
-    from mixmix_nb.data import DataInfo, TensorData, batches
+    from mixmix_nb.data import TensorData, batches
+    from mixmix_nb.images import DataInfo
     from mixmix_nb.dit import make_model
     from mixmix_nb.likelihood import ddpm_objective
     from mixmix_nb.config import Config

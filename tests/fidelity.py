@@ -15,11 +15,11 @@ from torch.utils.data import TensorDataset
 from torch_fidelity import calculate_metrics, register_feature_extractor
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from mixmix_nb.core import named_generator, to_uint8
-from mixmix_nb.data import load_fashion_mnist
+from mixmix_nb.datasets import load_fashion_mnist
 from mixmix_nb.load import load_model
 from mixmix_nb.previews import generate
 from mixmix_nb.speed import PRECISIONS, Tabulated, best_precision
-from mixmix_nb.train import build_objective
+from mixmix_nb.load import build_objective
 
 FILE = Path(__file__).parent.parent/'nbs'/'fidelity.csv'
 

@@ -28,7 +28,8 @@ cp "$work"/bench/* "$OUT" 2>/dev/null
 # training rates: from random latents of 256-pixel images, so from the cache that a real run would have
 python - "$work/latents" <<'PY'
 import sys, torch
-from mixmix_nb.data import DataInfo, TensorData
+from mixmix_nb.data import TensorData
+from mixmix_nb.images import DataInfo
 from mixmix_nb.latents import encode
 from mixmix_nb.core import StepRandoms
 class Noise: # an autoencoder of which only the shape counts

@@ -6,10 +6,10 @@
 import subprocess, sys, tempfile
 from pathlib import Path
 import torch, torch.nn as nn, torch.nn.functional as F
-from mixmix_nb.data import load_digits
+from mixmix_nb.datasets import load_digits
 from mixmix_nb.previews import generate
-from mixmix_nb.sample import load_model
-from mixmix_nb.train import build_objective
+from mixmix_nb.load import load_model
+from mixmix_nb.load import build_objective
 
 class Reader(nn.Module):
     "Two convolutions and two linear layers; `body` gives the 64 features in which distances are measured."

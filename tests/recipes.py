@@ -13,9 +13,11 @@ import torch
 from torch.utils.benchmark import timer
 from judge import judge_run, train_reader
 from mixmix_nb.config import RECIPES as BUILT_IN, make_config
-from mixmix_nb.data import batches, load_digits
-from mixmix_nb.distributed import SingleProcess
-from mixmix_nb.train import build_objective, get_facts, make_trainer, train
+from mixmix_nb.data import batches
+from mixmix_nb.datasets import load_digits
+from mixmix_nb.trainer import SingleProcess
+from mixmix_nb.load import build_objective
+from mixmix_nb.train import get_facts, make_trainer, train
 
 FILE = Path(__file__).parent.parent/'nbs'/'recipes.csv'
 SHARED = {k: BUILT_IN['digits'][k] for k in ('model', 'batch_size', 'steps', 'lr', 'warmup', 'lr_schedule', 'ema_decay')}

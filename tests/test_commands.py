@@ -70,7 +70,7 @@ def test_sample_depends_on_the_seed_alone(run, tmp_path):
     assert abs(a-b).max()<=1 and abs(a-c).max()>50
 
 def test_class_names_come_first(run):
-    from mixmix_nb.sample import class_ids
+    from mixmix_nb.load import class_ids
     facts = dict(num_classes=4, classes=['2', 'cat', 'salt, pepper', '10'])
     assert class_ids('2,10', facts)==[0, 3] and class_ids('#2,cat', facts)==[2, 1] and class_ids('"salt, pepper",#0', facts)==[2, 0]
     for bad in ('3', 'salt', '#4', ''):

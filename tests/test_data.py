@@ -4,7 +4,7 @@ import numpy as np, pytest, torch
 from PIL import Image, PngImagePlugin
 from sklearn.datasets import load_sample_images
 from conftest import child_env
-from mixmix_nb import data as D, images as I
+from mixmix_nb import data as D, datasets, images as I
 from mixmix_nb.core import RunError, UserError
 
 def adm(im, size): # the recipe of Dhariwal & Nichol (2021), int (size,size,3)
@@ -59,7 +59,7 @@ def test_folders(tmp_path):
     assert len(part)==2 and part.name_of(0).endswith('.png')
 
 class Slow(D.Dataset):
-    info = D.DataInfo('slow', (3, 256, 256))
+    info = I.DataInfo('slow', (3, 256, 256))
     def __len__(self): return 64
     def __getitem__(self, i):
         if i%9==4: raise OSError('damaged')
@@ -104,5 +104,5 @@ def test_workers_are_honoured_by_one_loader(tmp_path, monkeypatch):
 def test_no_home(monkeypatch):
     for name in ('HOME', 'MIXMIX_CACHE'): monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(pwd, 'getpwuid', lambda uid: {}[uid])
-    assert D.cache_dir().is_absolute()
-    with pytest.raises(UserError, match='does not exist'): D.open_data('~nobody-here/images')
+    assert datasets.cache_dir().is_absolute()
+    with pytest.raises(UserError, match='does not exist'): datasets.open_data('~nobody-here/images')

@@ -8,7 +8,7 @@ import torch, torch.nn as nn
 from torch.utils.data import Dataset
 from mixmix_nb.core import (AUTOENCODERS, CONDITIONERS, DATASETS, METRICS, MIXERS, MODELS, OBJECTIVES, SAMPLERS)
 from mixmix_nb.conditioning import Conditioner
-from mixmix_nb.data import DataInfo
+from mixmix_nb.images import DataInfo
 from mixmix_nb.diffusion import Estimate, Objective
 from mixmix_nb.dit import dit
 

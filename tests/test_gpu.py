@@ -3,7 +3,8 @@ from functools import partial
 import pytest, torch
 from conftest import torchrun, train
 from mixmix_nb.config import Config
-from mixmix_nb.data import DataInfo, TensorData
+from mixmix_nb.data import TensorData
+from mixmix_nb.images import DataInfo
 from mixmix_nb.dit import make_model
 from mixmix_nb.likelihood import ddpm_objective
 from mixmix_nb.speed import make_scaler, with_autocast, wrap_for_training

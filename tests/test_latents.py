@@ -8,9 +8,10 @@ from conftest import SMALL, child_env, python, torchrun, train
 from mixmix_nb import latents as L
 from mixmix_nb.config import main
 from mixmix_nb.core import StepRandoms, UserError
-from mixmix_nb.data import Part, open_data
+from mixmix_nb.data import Part
+from mixmix_nb.datasets import open_data
 from mixmix_nb.train import train as train_function
-from mixmix_nb.vae import VAE, load_vae
+from mixmix_nb.vae import VAE, load_vae, measure
 
 SIZE, SHARD, N = 32, 6, 21          # pixels, images per shard, images: four shards, the last one shorter
 ONE = dict(OMP_NUM_THREADS=1)       # the last bit of a sum depends on the number of threads
@@ -251,7 +252,7 @@ def test_representation_autoencoder(monkeypatch):
     assert (vae.channels, vae.factor, vae.size, vae.has_posterior)==(8, 8, 32, False)
     assert torch.equal(vae.moments(x)[0], z) and torch.equal(vae.decode(z), (model.decode(z).sample*2-1).clamp(-1, 1))
     with pytest.raises(UserError, match='--image-size 32'): vae.latent_size(64)
-    with pytest.raises(UserError, match='nothing to measure'): L.measure([], vae, 'nowhere')
+    with pytest.raises(UserError, match='nothing to measure'): measure([], vae, 'nowhere')
 
 @pytest.mark.parametrize('changes,words', [
     (dict(vae='video'), 'AutoencoderKLTemporalDecoder does not turn images into latents and back'),
@@ -275,7 +276,8 @@ def test_what_cannot_be_measured_is_refused(home, tmp_path, monkeypatch, capsys,
 
 MEMORY = '''
 import os, resource, sys, torch, mixmix_nb.latents as L
-from mixmix_nb.data import DataInfo, TensorData
+from mixmix_nb.data import TensorData
+from mixmix_nb.images import DataInfo
 def used(): # MB; ru_maxrss of Linux counts what the parent had, too
     if sys.platform=='linux': return int(open('/proc/self/statm').read().split()[1])*os.sysconf('SC_PAGE_SIZE')/2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**20

@@ -61,7 +61,8 @@ def test_half_precision_and_the_way_there(run, tmp_path):
     (['--trajectory', '.'], '--trajectory . names no file'), (['--interpolate', '--sampler', 'ddpm'], 'without new noise'), (['--guidance-interval', '.8,.2'], 'must look like'),
     (['--npz', 'there'], 'was not written by this command'), (['--each', '--out', 'full'], 'is not empty'), (['--num-sampling-steps', 0], 'positive integer')])
 def test_bad_input(run, tmp_path, options, words):
-    from mixmix_nb.config import SampleConfig, parse
+    from mixmix_nb.cli import parse
+    from mixmix_nb.config import SampleConfig
     from mixmix_nb.core import UserError
     from mixmix_nb.sample import sample
     (tmp_path/'full').mkdir()

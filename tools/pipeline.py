@@ -8,7 +8,7 @@ import matplotlib.pyplot as plt
 from pathlib import Path
 from matplotlib.cbook import get_sample_data
 from matplotlib.patches import FancyBboxPatch, Rectangle
-from mixmix_nb.data import load_digits
+from mixmix_nb.datasets import load_digits
 from mixmix_nb.load import build_objective, load_model
 from mixmix_nb.samplers import ImageNoise, ddim, guided
 from mixmix_nb.vae import load_vae
