@@ -11,14 +11,16 @@ from mixmix_nb.conditioning import Conditioner
 from mixmix_nb.images import DataInfo
 from mixmix_nb.diffusion import Estimate, Objective
 from mixmix_nb.dit import dit
+from mixmix_nb.samplers import estimate, walk
 
 def euler(objective, model, noise, cond=None, *, steps=50, clip=False, bar=False, callback=None):
     "x follows the estimated noise in a straight line."
-    x, times = noise(), objective.timesteps(steps)
-    for t,s in zip(times, times[1:]):
-        e = objective.denoise(model, x, torch.full((len(x),), t), cond)
+    x = noise()
+    for i,t,s in walk(objective, steps, bar):
+        e = estimate(objective, model, x, t, cond, clip)
         a, b = objective.alpha_sigma(s)
         x = a*e.x0 + b*e.eps
+        if callback: callback(i, x, e.x0)
     return x
 
 class Circle(Objective):
@@ -85,6 +87,13 @@ def test_everything_from_outside(tmp_path):
     assert Image.open(run/'samples'/'final.png').size[0]>=4*16
     r = python('-m', 'mixmix_nb.sample', '--plugin', 'my_plugin', '--ckpt', run, '--sampler', 'my-euler', '--num-sampling-steps', 3, '--num-images', 4, cwd=tmp_path)
     assert r.returncode==0 and (tmp_path/'samples.png').exists(), r.stderr
+    def draw(sampler, *more):
+        args = f'--plugin my_plugin --ckpt fashion-mnist --num-sampling-steps 4 --num-images 4 --cfg-scale 4 --sampler {sampler} --out {sampler}'.split()
+        r = python('-m', 'mixmix_nb.sample', *args, *more, cwd=tmp_path)
+        assert r.returncode==0, r.stderr
+        return (tmp_path/f'{sampler}.png').read_bytes()
+    part = '--guidance-interval', '.2,.6'
+    assert draw('my-euler', *part)==draw('ddim', *part)!=draw('ddim'), 'a sampler from outside obeys the options'
     r = python('-m', 'mixmix_nb.train', '--plugin', 'my_plugin', '--help', cwd=tmp_path)
     assert 'my-euler' in r.stdout and 'circle' in r.stdout
     r = python('-m', 'mixmix_nb.train', '--sampler', 'my-euler', cwd=tmp_path)
