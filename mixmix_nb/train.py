@@ -28,7 +28,7 @@ from .speed import (choose_compile, choose_precision, make_scaler, mfu, peak_flo
                              with_autocast, wrap_for_training)
 from .trainer import Trainer
 from .vae import load_vae
-from .latents import EncodedData, encode, is_cache, open_cache, read_index
+from .latents import EncodedData, check_manifest, encode, is_cache, manifest, open_cache
 from .config import Config, check_options, flag, import_plugins, make_config
 from .load import build_model, build_objective
 from .interop import fit_weights, freeze, parse_lr_mult, read_source
@@ -64,7 +64,10 @@ def open_dataset(config, # a `Config`
     if not config.cache_latents: return EncodedData(data, autoencoder), autoencoder.name
     flip = data.info.flip if config.flip is None else config.flip
     out = cache_folder(config, data, flip)
-    if config.dry_run and read_index(out) is None: return EncodedData(data, autoencoder), autoencoder.name
+    if config.dry_run:                                              # encodes nothing
+        check_manifest(out, manifest(data, autoencoder, flip=flip))
+        try: return open_cache(out), autoencoder.name
+        except UserError: return EncodedData(data, autoencoder), autoencoder.name
     encode(data, autoencoder, out, flip=flip, workers=config.num_workers, between=between)
     return open_cache(out), autoencoder.name
 
