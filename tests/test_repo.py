@@ -119,7 +119,7 @@ assert not heavy, heavy'''
 
 def test_imports_run_downward():
     "A module imports only what comes before it; `config`, which imports no torch, may be imported by the commands."
-    order = 'core patches conditioning blocks dit diffusion likelihood samplers flow images data trainer runs previews speed distributed vae latents resume coco load interop train bulk sample plan benchmark'.split()
+    order = 'core patches conditioning blocks dit diffusion likelihood samplers flow images data trainer runs previews speed distributed vae latents resume coco load interop train bulk sample timing plan benchmark'.split()
     assert {p.stem for p in MODULES}=={*order, 'config'}
     for p in MODULES:
         for name in re.findall(r'^ *from \.(\w+) import', p.read_text(), re.M):
