@@ -30,7 +30,7 @@ from .speed import (choose_compile, choose_precision, make_scaler, mfu, peak_flo
                              with_autocast, wrap_for_training)
 from .trainer import Trainer
 from .vae import load_vae
-from .latents import EncodedData, encode, is_cache, open_cache, read_json
+from .latents import EncodedData, check_manifest, encode, is_cache, manifest, open_cache
 from .cli import check_options, flag, import_plugins
 from .config import Config, make_config
 from .load import build_model, build_objective
@@ -60,7 +60,10 @@ def open_dataset(config, # a `Config`
     flip = data.info.flip if config.flip is None else config.flip
     name = f'{Path(config.data_path).name}-{data.info.shape[-1]}-{fingerprint(data)}'
     out = cache_dir()/'latents'/(name if flip else f'{name}-noflip')
-    if config.dry_run and read_json(out/'index.json') is None: return EncodedData(data, autoencoder), autoencoder.name
+    if config.dry_run:                                              # encodes nothing
+        check_manifest(out, manifest(data, autoencoder, flip=flip))
+        try: return open_cache(out), autoencoder.name
+        except UserError: return EncodedData(data, autoencoder), autoencoder.name
     encode(data, autoencoder, out, flip=flip, workers=config.num_workers, between=between)
     return open_cache(out), autoencoder.name
 

@@ -292,3 +292,18 @@ print('grown by', max(mb)-mb[10])
 def test_memory_stays_flat_while_encoding(tmp_path):
     r = python('-c', MEMORY, tmp_path/'cache', cwd=tmp_path)
     assert r.returncode==0 and float(r.stdout.split()[-1])<100, f'MB, of 740 encoded: {r.stdout[-200:]}{r.stderr}'
+
+def test_a_dry_run_encodes_nothing(home, tmp_path, monkeypatch, capsys):
+    "Not without a cache, nor beside one that lacks a shard; it refuses what the run would refuse."
+    monkeypatch.setenv('MIXMIX_CACHE', str(tmp_path))
+    options = dict(data_path=str(home/'photos'), vae=str(home/'vae'), image_size=SIZE, cache_latents=True, model='DiT-N/4', num_workers=0,
+                   num_sample_images=0, steps=2, batch_size=4, results_dir=str(tmp_path/'runs'))
+    def plans_encoding(): return train_function(**options, dry_run=True)['encoding']>0
+    assert plans_encoding() and not (tmp_path/'latents').exists()
+    train_function(**options)
+    cache, = (tmp_path/'latents').iterdir()
+    assert not plans_encoding()
+    next(cache.glob('*.safetensors')).unlink()
+    assert plans_encoding() and not list(cache.glob('*.safetensors'))
+    options['vae'] = str(home/'vae2')
+    with pytest.raises(UserError, match='holds other latents .autoencoder'): train_function(**options, dry_run=True)
