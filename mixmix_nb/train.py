@@ -31,7 +31,7 @@ from .vae import load_vae
 from .latents import EncodedData, encode, is_cache, open_cache, read_index
 from .config import Config, check_options, flag, import_plugins, make_config
 from .load import build_model, build_objective
-from .interop import fit_weights, freeze, parse_lr_mult, read_source
+from .finetune import fit_weights, freeze, parse_lr_mult, read_source
 from .resume import check_resume, find_run, launch_id, read_resumable, resumed_lines
 
 # %% ../nbs/17_train.ipynb #5663fa35

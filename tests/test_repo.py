@@ -119,11 +119,11 @@ assert not heavy, heavy'''
 
 def test_imports_run_downward():
     "A module imports only what comes before it; `config`, which imports no torch, may be imported by the commands."
-    order = 'core patches conditioning blocks dit diffusion likelihood samplers flow images data trainer runs previews speed distributed vae latents resume coco load interop train bulk sample plan benchmark'.split()
+    order = 'core patches conditioning blocks dit diffusion likelihood samplers flow images data trainer runs previews speed distributed vae latents resume coco foreign load finetune train bulk sample interop plan benchmark'.split()
     assert {p.stem for p in MODULES}=={*order, 'config'}
     for p in MODULES:
         for name in re.findall(r'^ *from \.(\w+) import', p.read_text(), re.M):
-            ok = name=='config' and p.stem in ('resume', 'train', 'load', 'sample', 'latents', 'coco', 'interop', 'plan', 'benchmark') or p.stem=='config' and name=='core' \
+            ok = name=='config' and p.stem in ('resume', 'train', 'load', 'finetune', 'sample', 'latents', 'coco', 'interop', 'plan', 'benchmark') or p.stem=='config' and name=='core' \
                 or p.stem!='config' and name in order and order.index(name)<order.index(p.stem)
             assert ok, f'{p.stem} imports {name}'
 
