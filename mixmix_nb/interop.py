@@ -133,7 +133,8 @@ def model_card(args, # options of the model, a namespace
                  shape='×'.join(map(str, facts['shape'])), autoencoder=facts['vae']) | row
     table = [f'| {k} | {v} |' for k,v in about.items() if v not in (None, '')]
     return '\n'.join(['---', 'library_name: mixmix_nb', 'tags: [diffusion, dit, image-generation]', '---',
-        f'# {args.model}', '', f'![samples]({picture})' if picture else '', '', '| | |', '|---|---|', *table, '',
+        '', f'# {args.model}', '', *([f'![samples]({picture})', ''] if picture else []),
+        '| | |', '|---|---|', *table, '',
         'Trained with', '', '```bash', command, '```', '',
         'Sample, after `pip install git+https://github.com/mixmix-nb/mixmix_nb`, with', '', '```python',
         'from mixmix_nb.interop import from_pretrained',

@@ -80,6 +80,8 @@ def read_model(path, # a checkpoint of this package, one of another training scr
         state = {k: v for k,v in state.items() if not any(fnmatchcase(k, p) for p in skip)}
         ours = isinstance(args, dict) and ('facts' in ckpt or {'channels', 'image_size', 'model'}<=args.keys())
         args, facts = upgrade_checkpoint(ckpt) if ours else facts_from_weights(state, given, told)
+        lacking = {'shape', 'image_size', 'num_classes', 'learn_sigma', 'vae'}-facts.keys()
+        if lacking: raise UserError(f'its facts lack {", ".join(sorted(lacking))}')
         dit = 'x_embedder', 't_embedder', 'y_embedder', 'pos_embed', 'blocks', 'final_layer'
         extra = [] if ours else [k for k in dict.fromkeys(k.split('.')[0] for k in state) if k not in dit]
         if extra: raise UserError(f'a DiT has no {", ".join(extra)}; to omit such weights, pass --ignore-weights '

@@ -53,7 +53,6 @@ def probe(self:VAE):
                         f'({why}); only autoencoders of images can be used') from None
     self.factor, self.size = size//side, None if size==640 else size    # some know one size only
 
-# %% ../nbs/15_vae.ipynb #81b55beb
 @patch
 def latent_size(self:VAE, size): # side of the latents
     "From pixels to latent pixels. Raises `UserError` if they do not divide."
@@ -65,6 +64,7 @@ def latent_size(self:VAE, size): # side of the latents
                         f'try {" or ".join(map(str, near))}')
     return size//self.factor
 
+# %% ../nbs/15_vae.ipynb #81b55beb
 @patch
 @torch.no_grad()
 def compute(self:VAE, f, # a function that calls the model
