@@ -34,7 +34,7 @@ from .latents import EncodedData, check_manifest, encode, is_cache, manifest, op
 from .cli import check_options, flag, import_plugins
 from .config import Config, make_config
 from .load import build_model, build_objective
-from .interop import fit_weights, freeze, parse_lr_mult, read_source
+from .finetune import fit_weights, freeze, parse_lr_mult, read_source
 from .resume import check_resume, find_run, open_run, read_resumable, resumed_lines
 
 # %% ../nbs/17_train.ipynb #5663fa35

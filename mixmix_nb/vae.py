@@ -7,6 +7,7 @@ __all__ = ['VAE', 'load_vae', 'measure']
 
 # %% ../nbs/15_vae.ipynb #0ba69690
 import copy, hashlib, json, os, torch
+from fastcore.basics import patch
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from .core import AUTOENCODERS, UserError, check_disk, progress, world_size
@@ -35,76 +36,71 @@ class VAE:
                             'the latter above 0')
         self.shift, self.scale = (v.float().to(self.device) for v in (shift, scale/std))        # (C,1,1)
 
-    @torch.no_grad()
-    def probe(self):
-        "Find channels, factor and kind by sending an image through the model without its data (device `meta`)."
-        m = self.model
-        try:
-            shadow = copy.deepcopy(m, {id(t): t.to('meta') for t in (*m.parameters(), *m.buffers())})
-            z = shadow.encode(torch.empty(1, 3, 640, 640, device='meta'), return_dict=False)[0]
-            self.has_posterior = hasattr(z, 'logvar')
-            z = z.mean if self.has_posterior else z
-            _, self.channels, side, _ = z.shape
-            _, _, size, _ = shadow.decode(z, return_dict=False)[0].shape
-        except Exception as e:                                      # whatever a model for something else may raise
-            why = str(e).splitlines()[0][:100] if str(e) else type(e).__name__
-            raise UserError(f'--vae {self.name}: {type(m).__name__} does not turn images into latents and back '
-                            f'({why}); is it for video?') from None
-        self.factor, self.size = size//side, None if size==640 else size    # some know one size only
+# %% ../nbs/15_vae.ipynb #99182145
+@patch
+@torch.no_grad()
+def probe(self:VAE):
+    "Find channels, factor and kind by sending an image through the model without its data (device `meta`)."
+    m = self.model
+    try:
+        shadow = copy.deepcopy(m, {id(t): t.to('meta') for t in (*m.parameters(), *m.buffers())})
+        z = shadow.encode(torch.empty(1, 3, 640, 640, device='meta'), return_dict=False)[0]
+        self.has_posterior = hasattr(z, 'logvar')
+        z = z.mean if self.has_posterior else z
+        _, self.channels, side, _ = z.shape
+        _, _, size, _ = shadow.decode(z, return_dict=False)[0].shape
+    except Exception as e:                                      # whatever a model for something else may raise
+        why = str(e).splitlines()[0][:100] if str(e) else type(e).__name__
+        raise UserError(f'--vae {self.name}: {type(m).__name__} does not turn images into latents and back '
+                        f'({why}); only autoencoders of images can be used') from None
+    self.factor, self.size = size//side, None if size==640 else size    # some know one size only
 
-    def latent_size(self, size): # side of the latents
-        "From pixels to latent pixels. Raises `UserError` if they do not divide."
-        if self.size not in (None, size):
-            raise UserError(f'--vae {self.name} is for images of {self.size} pixels; use --image-size {self.size}')
-        if size%self.factor:
-            near = [s for s in (size//self.factor*self.factor, -(-size//self.factor)*self.factor) if s]
-            raise UserError(f'--image-size {size} is not divisible by {self.factor}, the factor of --vae {self.name}; '
-                            f'try {" or ".join(map(str, near))}')
-        return size//self.factor
+@patch
+def latent_size(self:VAE, size): # side of the latents
+    "From pixels to latent pixels. Raises `UserError` if they do not divide."
+    if self.size not in (None, size):
+        raise UserError(f'--vae {self.name} is for images of {self.size} pixels; use --image-size {self.size}')
+    if size%self.factor:
+        near = [s for s in (size//self.factor*self.factor, -(-size//self.factor)*self.factor) if s]
+        raise UserError(f'--image-size {size} is not divisible by {self.factor}, the factor of --vae {self.name}; '
+                        f'try {" or ".join(map(str, near))}')
+    return size//self.factor
 
-    @torch.no_grad()
-    def compute(self, f, # a function that calls the model
-                x, # (B,…)
-                dtype, # 16-bit type to compute in, or None
-               ): # f(x) in fp32
-        "Run the model, in 16 bits on a GPU, and again in fp32 if that overflows."
-        if dtype is None: return f(x).float()
-        with torch.autocast(self.device.type, dtype): y = f(x).float()
-        return y if y.isfinite().all() else f(x).float()
+# %% ../nbs/15_vae.ipynb #81b55beb
+@patch
+@torch.no_grad()
+def compute(self:VAE, f, # a function that calls the model
+            x, # (B,…)
+            dtype, # 16-bit type to compute in, or None
+           ): # f(x) in fp32
+    "Run the model, in 16 bits on a GPU, and again in fp32 if that overflows."
+    if dtype is None: return f(x).float()
+    with torch.autocast(self.device.type, dtype): y = f(x).float()
+    return y if y.isfinite().all() else f(x).float()
 
-    def moments(self, x, # images, (B,3,H,W) or (B,1,H,W) in [-1,1]
-               ): # mean and standard deviation of the normalised latents, (B,C,h,w) each
-        "The posterior of a batch of images; a deterministic encoder has standard deviation 0."
-        for s in x.shape[-2:]: self.latent_size(s)
-        x = x.to(self.device, torch.float32).expand(-1, 3, -1, -1)
-        def f(x): # a tensor, or mean and log variance
-            z = self.model.encode(x, return_dict=False)[0]
-            return z.parameters if self.has_posterior else z
-        z = self.compute(f, (x+1)/2 if self.rae else x, self.half and torch.float16)    # finer than bf16
-        if not self.has_posterior: return (z-self.shift)*self.scale, torch.zeros_like(z)
-        mean, logvar = z.chunk(2, 1)
-        return (mean-self.shift)*self.scale, (.5*logvar.clamp(-30, 20)).exp()*self.scale
+@patch
+def moments(self:VAE, x, # images, (B,3,H,W) or (B,1,H,W) in [-1,1]
+           ): # mean and standard deviation of the normalised latents, (B,C,h,w) each
+    "The posterior of a batch of images; a deterministic encoder has standard deviation 0."
+    for s in x.shape[-2:]: self.latent_size(s)
+    x = x.to(self.device, torch.float32).expand(-1, 3, -1, -1)
+    def f(x): # a tensor, or mean and log variance
+        z = self.model.encode(x, return_dict=False)[0]
+        return z.parameters if self.has_posterior else z
+    z = self.compute(f, (x+1)/2 if self.rae else x, self.half and torch.float16)    # finer than bf16
+    if not self.has_posterior: return (z-self.shift)*self.scale, torch.zeros_like(z)
+    mean, logvar = z.chunk(2, 1)
+    return (mean-self.shift)*self.scale, (.5*logvar.clamp(-30, 20)).exp()*self.scale
 
-    def decode(self, z, # normalised latents, (B,C,h,w)
-               batch=8, # latents at a time
-              ): # images in [-1,1], (B,3,H,W), on the device of `z`
-        "The images of normalised latents."
-        f = lambda z: self.model.decode(z, return_dict=False)[0]
-        parts = z.to(self.device, torch.float32).split(batch)
-        y = torch.cat([self.compute(f, part/self.scale+self.shift, self.half) for part in parts])
-        return (y*2-1 if self.rae else y).clamp(-1, 1).to(z.device)
-
-    def fingerprint(self): # 16 hexadecimal digits
-        "Hash of weights and config, wherever they were loaded from."
-        if not hasattr(self, 'hash'):
-            c = self.model.config
-            keys = ('latent_channels', 'block_out_channels', 'encoder_block_out_channels', 'scaling_factor',
-                    'shift_factor', *(k for k in ('latents_mean', 'latents_std') if c.get(k)))
-            h = hashlib.blake2b(json.dumps({k: c.get(k) for k in keys}).encode(), digest_size=8)
-            for k,v in sorted(self.model.state_dict().items()):
-                h.update(k.encode() + v.detach().cpu().contiguous().numpy().tobytes())
-            self.hash = h.hexdigest()
-        return self.hash
+@patch
+def decode(self:VAE, z, # normalised latents, (B,C,h,w)
+           batch=8, # latents at a time
+          ): # images in [-1,1], (B,3,H,W), on the device of `z`
+    "The images of normalised latents."
+    f = lambda z: self.model.decode(z, return_dict=False)[0]
+    parts = z.to(self.device, torch.float32).split(batch)
+    y = torch.cat([self.compute(f, part/self.scale+self.shift, self.half) for part in parts])
+    return (y*2-1 if self.rae else y).clamp(-1, 1).to(z.device)
 
 # %% ../nbs/15_vae.ipynb #c349bbc3
 def load_vae(name, # `ema`, `mse`, a registered name, a hub name, or a folder
@@ -175,3 +171,17 @@ def measure(data, # a dataset of images
         model.save_pretrained(Path(tmp)/'vae')
         os.replace(Path(tmp)/'vae', folder)
     return mean, std
+
+# %% ../nbs/15_vae.ipynb #9d2f80fd
+@patch
+def fingerprint(self:VAE): # 16 hexadecimal digits
+    "Hash of weights and config, wherever they were loaded from."
+    if not hasattr(self, 'hash'):
+        c = self.model.config
+        keys = ('latent_channels', 'block_out_channels', 'encoder_block_out_channels', 'scaling_factor',
+                'shift_factor', *(k for k in ('latents_mean', 'latents_std') if c.get(k)))
+        h = hashlib.blake2b(json.dumps({k: c.get(k) for k in keys}).encode(), digest_size=8)
+        for k,v in sorted(self.model.state_dict().items()):
+            h.update(k.encode() + v.detach().cpu().contiguous().numpy().tobytes())
+        self.hash = h.hexdigest()
+    return self.hash

@@ -2,15 +2,19 @@
 import argparse, functools, http.server, json, os, threading
 from pathlib import Path
 import pytest, torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from conftest import python
 from test_commands import Evil
-from mixmix_nb import interop, load
+from mixmix_nb import flow, foreign, interop, load
 from mixmix_nb.core import DATASETS, UserError
 from mixmix_nb.data import TensorData
 from mixmix_nb.dit import dit
 from mixmix_nb.images import DataInfo
 from mixmix_nb.interop import from_pretrained, push_to_hub, save_pretrained, to_diffusers
-from mixmix_nb.load import build_model, build_objective, facts_from_weights, load_model, save_weights
+from mixmix_nb.finetune import fit_weights, read_source
+from mixmix_nb.foreign import facts_from_weights, official_names
+from mixmix_nb.load import build_model, build_objective, load_model, save_weights
 from mixmix_nb.samplers import ddim
 from mixmix_nb.checkpoints import check_weights
 from mixmix_nb.train import train
@@ -43,7 +47,6 @@ def save_kind(kind, model, path): # write the weights of a model as `kind` of fi
     if kind=='ddp': return torch.save(script({f'module._orig_mod.{k}': v for k,v in state.items()}, model='DiT-S/8'), path)
     if kind=='sit': return torch.save(script(state, **sit), path)
     if kind=='repa': return torch.save(script(state | {'projectors.0.0.bias': torch.zeros(3)}, **sit | dict(prediction='v', path_type='linear')), path)
-    from safetensors.torch import save_file
     save_file(state, path)
 
 @pytest.mark.parametrize('kind,objective,tuned', [('bare', 'ddpm', False), ('dit', 'ddpm', True), ('ddp', 'ddpm', False), ('sit', 'sit', False), ('repa', 'repa', False), ('safetensors', 'ddpm', False)])
@@ -81,7 +84,7 @@ def test_released_sizes_by_shape():
         model = build_model(argparse.Namespace(**vars(load.Config()) | args), facts)
     assert (args['model'], facts['shape'], facts['num_classes'], facts['image_size']) == ('DiT-XL/2', [4, 32, 32], 1000, 256)
     check_weights(model, state)
-    check_weights(model, load.official_names(theirs.state_dict(), theirs.config))
+    check_weights(model, official_names(theirs.state_dict(), theirs.config))
 
 def test_layout_of_the_released_folders(tmp_path):
     "As on the hub: an older name of the class, a .bin, names with commas; classes, autoencoder and prediction come from the folder."
@@ -99,6 +102,13 @@ def test_layout_of_the_released_folders(tmp_path):
     model, args, facts = load_model(tmp_path)
     assert (args.prediction, args.schedule, facts['vae'], facts['classes'][1]) == ('v', 'cosine', str(tmp_path/'vae'), 'goldfish, Carassius auratus')
     assert torch.equal(model.blocks[1].attn.qkv.weight[128:256], state['transformer_blocks.1.attn1.to_k.weight'])
+    (tmp_path/'transformer'/'diffusion_pytorch_model.bin').unlink()         # several files, and a variant beside them
+    names = sorted(state)
+    for i,part in enumerate((names[::2], names[1::2]), 1): torch.save({k: state[k] for k in part}, tmp_path/'transformer'/f'diffusion_pytorch_model-0000{i}-of-00002.bin')
+    torch.save({k: 0*v for k,v in state.items()}, tmp_path/'transformer'/'diffusion_pytorch_model.fp16.bin')
+    assert all(torch.equal(a, b) for a,b in zip(load_model(tmp_path)[0].parameters(), model.parameters()))
+    (tmp_path/'transformer'/'diffusion_pytorch_model-00001-of-00002.bin').unlink()
+    with pytest.raises(UserError, match='the transformer lacks'): load_model(tmp_path)
     state['transformer_blocks.1.norm1.emb.class_embedder.embedding_table.weight'] = torch.zeros(4, 128)
     torch.save(state, tmp_path/'transformer'/'diffusion_pytorch_model.bin')
     with pytest.raises(UserError, match='one embedding for all blocks'): load_model(tmp_path)
@@ -115,6 +125,18 @@ def test_fine_tuning_starts_where_the_source_was(change, latents, tmp_path, monk
     with torch.no_grad(): a, b = model(x, t, torch.full((2,), 3))[:,:4], source(x, t, torch.full((2,), 1000))[:,:4]
     assert model.out_channels==(4 if change.keys()&{'objective', 'learn_sigma'} else 8) and (args.prediction or 'eps')=='eps'
     assert torch.allclose(a, b, atol=1e-4)!=(args.objective=='flow')            # a flow counts its time in another way
+
+@pytest.mark.parametrize('objective', [flow.REPAFlow(), flow.SiTFlow()], ids=lambda o: type(o).__name__)
+def test_other_times_mean_the_same(objective):
+    "From 1000·t to times in [0,1], and SiT's sign: the same clean images in fp32, with weights that stay small."
+    source = read_source(dict(init_from='fashion-mnist'))
+    before, args, facts = load_model('fashion-mnist')
+    after, _, _ = load_model('fashion-mnist')
+    note, = fit_weights(after, objective, facts, source)
+    x, t, y = torch.randn(64, 1, 28, 28, generator=torch.Generator().manual_seed(0)), torch.linspace(.05, .95, 64), torch.arange(64)%10
+    with torch.no_grad(): a, b = (o.denoise(m, x, t, y).x0 for o,m in ((flow.Flow(), before), (objective, after)))
+    assert (a-b).square().mean()<.05*a.square().mean() and 'timesteps refitted' in note and 'lost' not in note
+    assert after.t_embedder.mlp[2].weight.abs().max()<1000
 
 def test_other_sizes_and_resume_without_the_file(latents, tmp_path, monkeypatch):
     "Another image size; frozen weights stay, as do those with a learning rate of 0; a resumed run needs no source and ends as an uninterrupted one."
@@ -136,7 +158,7 @@ def test_other_sizes_and_resume_without_the_file(latents, tmp_path, monkeypatch)
     (dict(init_from='nothing.pt'), 'does not exist'), (dict(init_from='w.pt', resume='auto'), 'pass only one of the two'), (dict(init_from='evil.pt'), 'could run a program'),
     (dict(init_from='truncated.pt'), 'truncated'), (dict(init_from='other.pt'), 'not the weights of a DiT'), (dict(init_from='extra.pt'), '--ignore-weights "projectors*"'),
     (dict(init_from='w.pt', model='DiT-N/4'), 'x_embedder.proj.weight: 128x4x8x8 in the checkpoint'), (dict(init_from='empty'), 'no readable checkpoint'),
-    (dict(init_from='half'), 'transformer/config.json is missing'), (dict(init_from='table.pt'), 'label table of 7 rows'), (dict(init_from='gvp.pt'), 'only velocities on linear paths'),
+    (dict(init_from='half'), 'transformer/config.json is missing'), (dict(init_from='table.pt'), 'y_embedder.embedding_table.weight: 7x128 in the checkpoint'), (dict(init_from='gvp.pt'), 'only velocities on linear paths'), (dict(init_from='raw.pt'), "no 'ema' weights, only 'model'"), (dict(init_from='holes.safetensors'), 'pos_embed: missing'),
     (dict(init_from='w.pt', freeze='head.*'), '--freeze head.* matches no weights'), (dict(init_from='w.pt', freeze='*'), 'leaves nothing to train'),
     (dict(init_from='w.pt', lr_mult='y_embedder.*'), '--lr-mult must look like'),
 ], ids=lambda o: ','.join(map(str, o.values())) if isinstance(o, dict) else '')
@@ -147,6 +169,9 @@ def test_bad_input(options, words, latents, tmp_path, monkeypatch):
     torch.save(state | {'projectors.0.bias': torch.zeros(3)}, 'extra.pt')
     torch.save(dict(ema=state | {'y_embedder.embedding_table.weight': torch.zeros(7, 128)}, args=argparse.Namespace(num_classes=9)), 'table.pt')
     torch.save(dict(ema=state, args=argparse.Namespace(model='SiT-N/8', path_type='GVP', prediction='velocity')), 'gvp.pt')
+    torch.save(dict(model=state, opt={}), 'raw.pt')
+    save_weights('w.pt', 'whole.safetensors')
+    with safe_open('whole.safetensors', 'pt') as f: save_file({k: f.get_tensor(k) for k in f.keys() if k!='pos_embed'}, 'holes.safetensors', f.metadata())
     torch.save(dict(conv=torch.zeros(3)), 'other.pt')
     torch.save(dict(ema=state, args=Evil(os.mkdir, 'pwned')), 'evil.pt')
     Path('truncated.pt').write_bytes(Path('w.pt').read_bytes()[:9000])
@@ -178,11 +203,21 @@ def test_download_by_name(tmp_path, monkeypatch):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     port = server.server_address[1]
     monkeypatch.setenv('MIXMIX_CACHE', str(tmp_path/'cache'))
-    monkeypatch.setitem(load.RELEASED, 'DiT-X', ['http://127.0.0.1:9/x.pt', f'http://127.0.0.1:{port}/x.pt'])
+    monkeypatch.setitem(foreign.RELEASED, 'DiT-X', ['http://127.0.0.1:9/x.pt', f'http://127.0.0.1:{port}/x.pt'])
     with pytest.raises(UserError, match='DiT-X could not be downloaded'): load_model('DiT-X')
     assert torch.equal(outputs(load_model('DiT-X')[0]), outputs(model))
-    server.shutdown()
     assert Server.asked[0]==0 and Server.asked[1]>0 and len(Server.asked)==2
+    data = bytearray((tmp_path/'there'/'x.pt').read_bytes())
+    data[len(data)//2] ^= 1                                                 # one bit, which torch.load does not notice
+    (tmp_path/'there'/'bad.pt').write_bytes(data)
+    (tmp_path/'there'/'page.pt').write_text('<html>moved</html>')
+    address = f'http://127.0.0.1:{port}/'
+    for name,mirrors in (('DiT-Y', ['bad.pt', 'page.pt']), ('DiT-Z', ['bad.pt', 'page.pt', 'x.pt'])):
+        monkeypatch.setitem(foreign.RELEASED, name, [address+m for m in mirrors for _ in range(2)])
+    with pytest.raises(UserError, match='is damaged.*not a zip'): load_model('DiT-Y')
+    assert not list((tmp_path/'cache').rglob('DiT-Y*'))
+    assert torch.equal(outputs(load_model('DiT-Z')[0]), outputs(model))
+    server.shutdown()
     load_model('DiT-X')
 
 @pytest.mark.parametrize('options', [dict(), dict(schedule='cosine', prediction='x0'), dict(objective='flow', prediction='x0')], ids=str)

@@ -255,7 +255,7 @@ def test_representation_autoencoder(monkeypatch):
     with pytest.raises(UserError, match='nothing to measure'): measure([], vae, 'nowhere')
 
 @pytest.mark.parametrize('changes,words', [
-    (dict(vae='video'), 'AutoencoderKLTemporalDecoder does not turn images into latents and back'),
+    (dict(vae='video'), 'only autoencoders of images can be used'),
     (dict(vae='unet'), 'UNet2DModel, not an autoencoder'), (dict(vae='half'), 'must have 4 values each'),
     (dict(data_path='empty'), 'no images'), (dict(out='vae2'), 'exists'), (dict(vae='photos'), 'could not be loaded')])
 def test_what_cannot_be_measured_is_refused(home, tmp_path, monkeypatch, capsys, changes, words):

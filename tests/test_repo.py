@@ -119,11 +119,11 @@ assert not heavy, heavy'''
 
 def test_imports_run_downward():
     "A module imports only what comes before it; `cli` and `config`, which import no torch, may be imported by the commands."
-    order = 'core patches conditioning blocks dit diffusion likelihood samplers flow images data datasets optim trainer runs checkpoints logs previews speed distributed vae latents resume coco load interop train bulk sample playground timing plan benchmark'.split()
+    order = 'core patches conditioning blocks dit diffusion likelihood samplers flow images data datasets optim trainer runs checkpoints logs previews speed distributed vae latents resume foreign load finetune train bulk sample playground interop timing plan benchmark coco'.split()
     assert {p.stem for p in MODULES}=={*order, 'cli', 'config'}
     for p in MODULES:
         for name in re.findall(r'^ *from \.(\w+) import', p.read_text(), re.M):
-            ok = name in ('cli', 'config') and p.stem in ('resume', 'train', 'load', 'sample', 'playground', 'latents', 'coco', 'interop', 'timing', 'plan', 'benchmark') or p.stem=='config' and name in ('cli', 'core') or p.stem=='cli' and name=='core' \
+            ok = name in ('cli', 'config') and p.stem in ('resume', 'train', 'load', 'finetune', 'sample', 'playground', 'latents', 'coco', 'interop', 'plan', 'benchmark') or p.stem=='config' and name in ('cli', 'core') or p.stem=='cli' and name=='core' \
                 or p.stem not in ('cli', 'config') and name in order and order.index(name)<order.index(p.stem)
             assert ok, f'{p.stem} imports {name}'
 
