@@ -11,9 +11,8 @@ import argparse, json, math, re, torch
 from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from zipfile import ZipFile
-from .datasets import download
 from .core import UserError
-from .datasets import cache_dir
+from .datasets import cache_dir, download
 from .dit import SIZES
 from .patches import grid_size, sincos_2d
 from .checkpoints import read_checkpoint

@@ -20,8 +20,7 @@ from .dit import make_model
 from .foreign import RELEASED, facts_from_weights, find_released, read_diffusers, read_weights, told_by
 from .resume import upgrade_checkpoint
 from .runs import Run
-from .checkpoints import newest_checkpoint
-from .checkpoints import check_weights
+from .checkpoints import check_weights, newest_checkpoint
 from .vae import load_vae
 
 # %% ../nbs/17_load.ipynb #7d854ca7

@@ -138,6 +138,20 @@ def load_vae(name, # `ema`, `mse`, a registered name, a hub name, or a folder
     if missing: raise UserError(f'the autoencoder {name} lacks {len(missing)} weights, e.g. {sorted(missing)[0]}')
     return VAE(model, source if local else name, device)
 
+# %% ../nbs/15_vae.ipynb #9d2f80fd
+@patch
+def fingerprint(self:VAE): # 16 hexadecimal digits
+    "Hash of weights and config, wherever they were loaded from."
+    if not hasattr(self, 'hash'):
+        c = self.model.config
+        keys = ('latent_channels', 'block_out_channels', 'encoder_block_out_channels', 'scaling_factor',
+                'shift_factor', *(k for k in ('latents_mean', 'latents_std') if c.get(k)))
+        h = hashlib.blake2b(json.dumps({k: c.get(k) for k in keys}).encode(), digest_size=8)
+        for k,v in sorted(self.model.state_dict().items()):
+            h.update(k.encode() + v.detach().cpu().contiguous().numpy().tobytes())
+        self.hash = h.hexdigest()
+    return self.hash
+
 # %% ../nbs/15_vae.ipynb #b802031a
 def measure(data, # a dataset of images
             vae, # a `VAE`
@@ -171,17 +185,3 @@ def measure(data, # a dataset of images
         model.save_pretrained(Path(tmp)/'vae')
         os.replace(Path(tmp)/'vae', folder)
     return mean, std
-
-# %% ../nbs/15_vae.ipynb #9d2f80fd
-@patch
-def fingerprint(self:VAE): # 16 hexadecimal digits
-    "Hash of weights and config, wherever they were loaded from."
-    if not hasattr(self, 'hash'):
-        c = self.model.config
-        keys = ('latent_channels', 'block_out_channels', 'encoder_block_out_channels', 'scaling_factor',
-                'shift_factor', *(k for k in ('latents_mean', 'latents_std') if c.get(k)))
-        h = hashlib.blake2b(json.dumps({k: c.get(k) for k in keys}).encode(), digest_size=8)
-        for k,v in sorted(self.model.state_dict().items()):
-            h.update(k.encode() + v.detach().cpu().contiguous().numpy().tobytes())
-        self.hash = h.hexdigest()
-    return self.hash
