@@ -1,6 +1,5 @@
 "What the tests share: child processes, and data that is skipped with a reason if it is missing."
 import os, socket, subprocess, sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import pytest
 

@@ -1,5 +1,5 @@
 "Commands as a person types them: bad input gets one line and status 2, a sample depends on its seed alone, nothing crafted runs."
-import argparse, os, pickle, re, subprocess, sys
+import argparse, os, subprocess, sys
 from pathlib import Path
 import numpy as np, pytest, torch
 from PIL import Image

@@ -1,5 +1,5 @@
 "Folders and files as people have them; decoding processes that die, lack memory or get signals; validation."
-import multiprocessing, os, pickle, pwd, signal, subprocess, sys, time
+import multiprocessing, os, pickle, pwd, subprocess, sys, time
 import numpy as np, pytest, torch
 from PIL import Image, PngImagePlugin
 from sklearn.datasets import load_sample_images

@@ -1,8 +1,8 @@
 "The number of processes changes nothing but the order of summation."
-import os, re, signal, subprocess, sys, time
+import os, re, signal, subprocess, sys
 import pytest, torch
 from conftest import SMALL, child_env, torchrun, train
-from test_resume import flat, load
+from test_resume import load
 
 TWENTY = [*SMALL, '--steps', 20, '--lr', '1e-4', '--ckpt-every', 10]
 DOUBLE = '''

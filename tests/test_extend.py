@@ -1,5 +1,5 @@
 "A user's module adds to every registry from outside the package, and the commands know its names."
-import csv, subprocess
+import csv
 from PIL import Image
 from conftest import python, train
 

@@ -1,6 +1,5 @@
 "The package is what the notebooks export, the notebooks are clean, the README is the index, everything public is documented."
-import ast, configparser, json, re, shutil, subprocess, sys
-from pathlib import Path
+import ast, configparser, json, re, shutil
 import pytest, yaml
 from conftest import ROOT, python
 from test_notebooks import NOTEBOOKS

@@ -1,6 +1,5 @@
 "A run that is killed or stopped and resumed ends like one that was left alone: bit-identical on a CPU."
-import csv, json, os, shutil, signal, subprocess, sys, time
-from pathlib import Path
+import csv, json, shutil, signal, subprocess, sys
 import pytest, torch
 from conftest import SMALL, child_env, python, train
 

@@ -1,5 +1,5 @@
 "The batch scripts: their options, and real jobs on a cluster of two nodes on this machine if slurmctld and munged are installed."
-import re, shutil, signal, subprocess, sys, tempfile, time
+import re, shutil, subprocess, sys, tempfile, time
 from pathlib import Path
 import pytest
 from conftest import ROOT, SMALL, child_env, train
